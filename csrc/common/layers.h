@@ -1,0 +1,174 @@
+// From the tensors of an operator to plain data: what the CPU and the CUDA launchers share.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace orthoreg {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// One weight [groups * n, ...], read as `groups` filter matrices [n, k], or [n, k + 1] with a bias.
+struct Layer {
+  const void* weight;
+  const void* bias;  // null without one
+  ScalarType dtype;
+  int64_t groups, n, k;
+  int64_t stride;  // from one filter to the next, in elements
+  bool columns;
+  double offset;   // added to the value
+  int64_t slopes;  // where the layer's [groups, m, m] starts in the flat buffer
+
+  int64_t width() const { return k + (bias != nullptr); }
+  int64_t m() const { return columns ? width() : n; }
+  int64_t inner() const { return columns ? n : width(); }  // what a Gram entry sums over
+};
+
+inline bool is_double(const std::vector<Tensor>& weights) {
+  return weights[0].scalar_type() == ScalarType::Double;
+}
+
+inline ScalarType compute_type(const std::vector<Tensor>& weights) {
+  return is_double(weights) ? ScalarType::Double : ScalarType::Float;
+}
+
+// Every filter is one gapless block, in whatever order of its dimensions.
+inline bool has_dense_filters(const Tensor& weight) {
+  int64_t expected = 1, entries = 1;
+  for (int64_t d = 1; d < weight.dim(); ++d) entries *= weight.size(d);
+  while (expected < entries) {
+    const int64_t before = expected;
+    for (int64_t d = 1; d < weight.dim(); ++d) {
+      if (weight.size(d) > 1 && weight.stride(d) == expected) {
+        expected *= weight.size(d);
+        break;
+      }
+    }
+    if (expected == before) return false;
+  }
+  return weight.dim() == 0 || weight.size(0) <= 1 || weight.stride(0) >= entries;
+}
+
+// Whether entry j of a filter is the same element in both, so that a gradient can be written in
+// place.
+inline bool same_entry_order(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+    if (d > 0 && a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+inline void check_tensor(const Tensor& t, const Tensor& first, const char* what, size_t i) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float ||
+                      type == ScalarType::Half || type == ScalarType::BFloat16,
+                  what, "[", i, "] must be float64, float32, bfloat16 or float16");
+  STD_TORCH_CHECK((type == ScalarType::Double) == (first.scalar_type() == ScalarType::Double), what,
+                  "[", i, "]: float64 and smaller types cannot be mixed in one operator call");
+  STD_TORCH_CHECK(t.get_device_index() == first.get_device_index() && t.is_cpu() == first.is_cpu(),
+                  what, "[", i, "] is on another device than weights[0]");
+}
+
+inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
+                                      const std::vector<Tensor>& biases,
+                                      const std::vector<int64_t>& groups,
+                                      const std::vector<int64_t>& columns = {},
+                                      const std::vector<double>& offsets = {}) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(count > 0, "an operator needs at least one weight");
+  STD_TORCH_CHECK(biases.size() == count && groups.size() == count, "expected ", count,
+                  " biases and groups, got ", biases.size(), " and ", groups.size());
+  STD_TORCH_CHECK(columns.empty() || columns.size() == count, "expected ", count, " columns, got ",
+                  columns.size());
+  STD_TORCH_CHECK(offsets.empty() || offsets.size() == count, "expected ", count, " offsets, got ",
+                  offsets.size());
+  std::vector<Layer> layers;
+  layers.reserve(count);
+  int64_t slopes = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor &w = weights[i], &b = biases[i];
+    check_tensor(w, weights[0], "weights", i);
+    STD_TORCH_CHECK(w.dim() > 0, "weights[", i, "] must be [filters, ...]");
+    STD_TORCH_CHECK(has_dense_filters(w), "weights[", i, "] must have dense filters");
+    STD_TORCH_CHECK(groups[i] > 0 && w.size(0) % groups[i] == 0, "groups[", i, "] = ", groups[i],
+                    " does not divide the ", w.size(0), " filters");
+    const bool with_bias = b.numel() > 0;
+    if (with_bias) {
+      check_tensor(b, weights[0], "biases", i);
+      STD_TORCH_CHECK(b.scalar_type() == w.scalar_type() && b.dim() == 1 && b.is_contiguous() &&
+                          b.size(0) == w.size(0),
+                      "biases[", i, "] must be a contiguous [", w.size(0),
+                      "] of its weight's type");
+    }
+    int64_t k = 1;
+    for (int64_t d = 1; d < w.dim(); ++d) k *= w.size(d);
+    Layer layer{w.const_data_ptr(),
+                with_bias ? b.const_data_ptr() : nullptr,
+                w.scalar_type(),
+                groups[i],
+                w.size(0) / groups[i],
+                k,
+                w.size(0) > 1 ? w.stride(0) : k,
+                !columns.empty() && columns[i] != 0,
+                offsets.empty() ? 0.0 : offsets[i],
+                slopes};
+    slopes += layer.groups * layer.m() * layer.m();
+    layers.push_back(layer);
+  }
+  return layers;
+}
+
+inline int64_t slopes_size(const std::vector<Layer>& layers) {
+  const Layer& last = layers.back();
+  return last.slopes + last.groups * last.m() * last.m();
+}
+
+// coefficients: [L] in the computing precision.
+inline void check_coefficients(const Tensor& coefficients, const std::vector<Tensor>& weights) {
+  STD_TORCH_CHECK(coefficients.scalar_type() == compute_type(weights) && coefficients.dim() == 1 &&
+                      coefficients.numel() == static_cast<int64_t>(weights.size()) &&
+                      coefficients.is_contiguous(),
+                  "coefficients must be a contiguous [", weights.size(),
+                  "] in the computing precision");
+}
+
+// Where one layer's gradient goes; strides may differ from the weight's, the entry order may not.
+struct Gradient {
+  void* weight;
+  void* bias;  // null without one
+  int64_t stride;
+};
+
+inline std::vector<Gradient> read_gradients(const std::vector<Tensor>& weights,
+                                            const std::vector<Tensor>& biases,
+                                            const std::vector<Tensor>& grads,
+                                            const std::vector<Tensor>& bias_grads) {
+  STD_TORCH_CHECK(grads.size() == weights.size() && bias_grads.size() == weights.size(),
+                  "expected ", weights.size(), " grads and bias_grads, got ", grads.size(), " and ",
+                  bias_grads.size());
+  std::vector<Gradient> out;
+  out.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor &w = weights[i], &g = grads[i];
+    check_tensor(g, weights[0], "grads", i);
+    STD_TORCH_CHECK(g.scalar_type() == w.scalar_type() && same_entry_order(g, w), "grads[", i,
+                    "] must have the shape, type and memory order of weights[", i, "]");
+    const bool with_bias = biases[i].numel() > 0;
+    STD_TORCH_CHECK(!with_bias || (bias_grads[i].numel() == biases[i].numel() &&
+                                   bias_grads[i].is_contiguous() &&
+                                   bias_grads[i].scalar_type() == w.scalar_type()),
+                    "bias_grads[", i, "] must be like biases[", i, "]");
+    out.push_back({g.mutable_data_ptr(), with_bias ? bias_grads[i].mutable_data_ptr() : nullptr,
+                   g.size(0) > 1 ? g.stride(0) : 0});
+  }
+  return out;
+}
+
+}  // namespace orthoreg

@@ -1,0 +1,89 @@
+// Picks the instruction set once a process, and tells Python which.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "../common/registration.h"
+#include "kernels.h"
+
+namespace orthoreg::cpu {
+namespace generic {
+extern const Kernels<float> float_kernels;
+extern const Kernels<double> double_kernels;
+}  // namespace generic
+#if ORTHOREG_CPU_X86
+namespace avx2 {
+extern const Kernels<float> float_kernels;
+extern const Kernels<double> double_kernels;
+}  // namespace avx2
+namespace avx512 {
+extern const Kernels<float> float_kernels;
+extern const Kernels<double> double_kernels;
+}  // namespace avx512
+#endif
+
+namespace {
+
+struct Level {
+  std::string name;
+  bool runs;
+  const Kernels<float>* float_kernels;
+  const Kernels<double>* double_kernels;
+};
+
+Level choose() {
+  const Level levels[] = {
+  // the widest first
+#if ORTHOREG_CPU_X86
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("fma"),
+       &avx512::float_kernels, &avx512::double_kernels},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
+       &avx2::float_kernels, &avx2::double_kernels},
+#endif
+      {"generic", true, &generic::float_kernels, &generic::double_kernels},
+  };
+  const char* forced = std::getenv("ORTHOREG_EXT_CPU");
+  std::string names;
+  for (const Level& level : levels) {
+    if (forced == nullptr || *forced == 0) {
+      if (level.runs) return level;
+    } else if (level.name == forced) {
+      if (level.runs) return level;
+      throw std::runtime_error("ORTHOREG_EXT_CPU=" + level.name +
+                               ": this processor does not have these instructions");
+    }
+    names += (names.empty() ? "" : ", ") + level.name;
+  }
+  throw std::runtime_error("ORTHOREG_EXT_CPU=" + std::string(forced) +
+                           " is unknown; valid: " + names);
+}
+
+const Level& chosen() {
+  static const Level level = choose();
+  return level;
+}
+
+std::string cpu_level() { return level(); }
+
+}  // namespace
+
+const std::string& level() { return chosen().name; }
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return *chosen().float_kernels;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return *chosen().double_kernels;
+}
+
+}  // namespace orthoreg::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(orthoreg, m) { m.def("_cpu_level() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(orthoreg, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_level", TORCH_BOX(&orthoreg::cpu::cpu_level));
+}

@@ -1,0 +1,28 @@
+#include "gram.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace orthoreg::cpu {
+namespace {
+
+template <class T>
+void run(const std::vector<Layer>& layers, Tensor& out) {
+  double work;
+  const std::vector<Unit> units = gram_panels(layers, &work);
+  for_each_gram_panel<T>(layers, read_matrices<T>(layers), units, work,
+                         static_cast<T*>(out.mutable_data_ptr()),
+                         [](int64_t, T*, int64_t, int64_t, int64_t, const double*) {});
+}
+
+Tensor gram(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<int64_t> groups,
+            std::vector<int64_t> columns) {
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns);
+  Tensor out = torch::stable::new_empty(weights[0], {slopes_size(layers)}, compute_type(weights));
+  is_double(weights) ? run<double>(layers, out) : run<float>(layers, out);
+  return out;
+}
+
+}  // namespace
+}  // namespace orthoreg::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(orthoreg, CPU, m) { m.impl("gram", TORCH_BOX(&orthoreg::cpu::gram)); }

@@ -1,0 +1,175 @@
+// gram_penalty, gram_penalty_grad and add_gram_penalty_grad_ on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../common/entrywise.h"
+#include "gram.h"
+
+namespace orthoreg::cpu {
+namespace {
+
+// In: a panel of G below the diagonal. Out: the same panel of S = phi'(R). Returns its part of
+// sum phi(R), the entries off the diagonal counted twice.
+template <class Penalty, class T>
+double apply(T* g, int64_t rows, int64_t columns, int64_t ld, const double* diagonal) {
+  double once = 0, twice = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    T* row = g + i * ld;
+    for (int64_t j = 0; j < std::min(i, columns); ++j) {
+      twice += Penalty::value(row[j]);
+      row[j] = Penalty::slope(row[j]);
+    }
+    if (i < columns) {
+      const T r = Penalty::kIdentity ? static_cast<T>(diagonal[i] - 1) : T(0);
+      once += Penalty::value(r);
+      row[i] = Penalty::slope(r);
+    }
+  }
+  return once + 2 * twice;
+}
+
+template <class T>
+void values_and_slopes(const std::vector<Layer>& layers, const std::vector<Matrix<T>>& matrices,
+                       const std::string& penalty, T* values, T* slopes) {
+  double work;
+  const std::vector<Unit> units = gram_panels(layers, &work);
+  std::vector<double> parts(units.size());
+  const bool known = visit_penalty(penalty, [&](auto functor) {
+    for_each_gram_panel<T>(
+        layers, matrices, units, work, slopes,
+        [&](int64_t u, T* g, int64_t rows, int64_t columns, int64_t ld, const double* diagonal) {
+          parts[u] = apply<decltype(functor)>(g, rows, columns, ld, diagonal);
+        });
+  });
+  STD_TORCH_CHECK(known, "no compiled penalty is named '", penalty, "'");
+  std::vector<double> sums(layers.size());
+  for (size_t u = 0; u < units.size(); ++u) sums[units[u].layer] += parts[u];
+  for (size_t l = 0; l < layers.size(); ++l) values[l] = static_cast<T>(sums[l] + layers[l].offset);
+}
+
+// Writes 2 c_l S W (rows) or 2 c_l W S (columns) to the gradients, or adds it to them.
+template <class T>
+void gradients(const std::vector<Layer>& layers, const std::vector<Matrix<T>>& matrices,
+               const T* slopes, const T* coefficients, const std::vector<Gradient>& grads,
+               bool accumulate) {
+  double work;
+  const std::vector<Unit> units = make_units(
+      layers, [](const Layer& layer) { return layer.width(); },
+      [](const Layer& layer, int64_t column) {
+        return static_cast<double>(layer.n) * std::min(kPanel, layer.width() - column) * layer.m();
+      },
+      &work);
+  const Kernels<T>& kernel = kernels<T>();
+  for_each_unit(
+      static_cast<int64_t>(units.size()), work,
+      [] { return std::pair(std::vector<T>(kDepth * kPanel), std::vector<T>()); },
+      [&](int64_t u, auto& scratch) {
+        const Unit& unit = units[u];
+        const Layer& layer = layers[unit.layer];
+        const Matrix<T>& matrix = matrices[unit.layer];
+        const int64_t m = layer.m(), j0 = unit.column;
+        const int64_t columns = std::min(kPanel, layer.width() - j0);
+        const Strided<T> w{matrix.data + unit.group * layer.n * matrix.stride, matrix.stride, 1};
+        const Strided<T> s{slopes + layer.slopes + unit.group * m * m, m, 1};
+        const Strided<T>&a = layer.columns ? w : s, &b = layer.columns ? s : w;
+        std::vector<T>& panel = scratch.second;
+        panel.resize(std::max<size_t>(panel.size(), layer.n * kPanel));
+        kernel.product(a, {b.at(0, j0), b.rows, 1}, layer.n, columns, m, panel.data(), kPanel,
+                       scratch.first.data());
+        const T factor = 2 * coefficients[unit.layer];
+        const Gradient& grad = grads[unit.layer];
+        visit_type(layer.dtype, [&](auto element) {
+          using E = decltype(element);
+          for (int64_t i = 0; i < layer.n; ++i) {
+            const int64_t filter = unit.group * layer.n + i;
+            E* row = static_cast<E*>(grad.weight) + filter * grad.stride + j0;
+            const T* from = panel.data() + i * kPanel;
+            const int64_t entries = std::min(columns, layer.k - j0);
+            for (int64_t j = 0; j < entries; ++j) {
+              row[j] =
+                  static_cast<E>((accumulate ? static_cast<T>(row[j]) : T(0)) + factor * from[j]);
+            }
+            if (entries < columns) {
+              E* bias = static_cast<E*>(grad.bias) + filter;
+              *bias = static_cast<E>((accumulate ? static_cast<T>(*bias) : T(0)) +
+                                     factor * from[entries]);
+            }
+          }
+        });
+      });
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+std::tuple<Tensor, Tensor> gram_penalty(std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                        std::vector<int64_t> groups, std::vector<int64_t> columns,
+                                        std::vector<double> offsets, std::string penalty) {
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets);
+  const ScalarType type = compute_type(weights);
+  const int64_t count = static_cast<int64_t>(layers.size());
+  Tensor values = torch::stable::new_empty(weights[0], {count}, type);
+  Tensor slopes = torch::stable::new_empty(weights[0], {slopes_size(layers)}, type);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    values_and_slopes<T>(layers, read_matrices<T>(layers), penalty, data<T>(values),
+                         data<T>(slopes));
+  };
+  is_double(weights) ? run(double{}) : run(float{});
+  return {values, slopes};
+}
+
+std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                      Tensor slopes, Tensor coefficients,
+                                      std::vector<int64_t> groups, std::vector<int64_t> columns,
+                                      std::string) {
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns);
+  check_coefficients(coefficients, weights);
+  STD_TORCH_CHECK(slopes.numel() == slopes_size(layers), "slopes do not belong to these weights");
+  std::vector<Tensor> grads, bias_grads;
+  for (const Tensor& w : weights) grads.push_back(torch::stable::empty_like(w));
+  for (const Tensor& b : biases) bias_grads.push_back(torch::stable::empty_like(b));
+  const std::vector<Gradient> targets = read_gradients(weights, biases, grads, bias_grads);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    gradients<T>(layers, read_matrices<T>(layers), data<T>(slopes), data<T>(coefficients), targets,
+                 /*accumulate=*/false);
+  };
+  is_double(weights) ? run(double{}) : run(float{});
+  grads.insert(grads.end(), bias_grads.begin(), bias_grads.end());
+  return grads;
+}
+
+Tensor add_gram_penalty_grad_(std::vector<Tensor> weights, std::vector<Tensor> biases,
+                              std::vector<Tensor> grads, std::vector<Tensor> bias_grads,
+                              Tensor coefficients, std::vector<int64_t> groups,
+                              std::vector<int64_t> columns, std::vector<double> offsets,
+                              std::string penalty) {
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets);
+  check_coefficients(coefficients, weights);
+  const std::vector<Gradient> targets = read_gradients(weights, biases, grads, bias_grads);
+  const int64_t count = static_cast<int64_t>(layers.size());
+  Tensor values = torch::stable::new_empty(weights[0], {count}, compute_type(weights));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<Matrix<T>> matrices = read_matrices<T>(layers);
+    std::vector<T> slopes(slopes_size(layers));
+    values_and_slopes<T>(layers, matrices, penalty, data<T>(values), slopes.data());
+    gradients<T>(layers, matrices, slopes.data(), data<T>(coefficients), targets,
+                 /*accumulate=*/true);
+  };
+  is_double(weights) ? run(double{}) : run(float{});
+  return values;
+}
+
+}  // namespace
+}  // namespace orthoreg::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(orthoreg, CPU, m) {
+  m.impl("gram_penalty", TORCH_BOX(&orthoreg::cpu::gram_penalty));
+  m.impl("gram_penalty_grad", TORCH_BOX(&orthoreg::cpu::gram_penalty_grad));
+  m.impl("add_gram_penalty_grad_", TORCH_BOX(&orthoreg::cpu::add_gram_penalty_grad_));
+}

@@ -1,0 +1,105 @@
+// Grouped Gram matrices, with an entrywise epilogue.
+//
+// For every layer and group: G = W W^T or W^T W, then S = phi'(R) and the part of sum phi(R) that
+// this tile holds (Penalty = Plain stores G itself). One block of 256 threads computes one 64 x 64
+// tile of the lower triangle; blocks are numbered layer by layer, group by group (common/plan.h).
+// It reads 128 inner entries a flop row, writes its tile and, off the diagonal, the mirror image.
+//   cost: m^2 inner fused multiply-adds a matrix (half of G and the tiles' overhang), 2 m^2 stores
+// Bitwise repeatable: a tile is summed by one block in one order, the parts are added in order of
+// the blocks by finish_penalty.
+#pragma once
+
+#include "../common/entrywise.h"
+#include "tiles.cuh"
+
+namespace orthoreg::cuda {
+
+struct Plain {};  // no penalty: G itself
+
+template <class T, class Penalty>
+__global__ void __launch_bounds__(kThreads)
+    gram_kernel(const __grid_constant__ Problems problems, T* __restrict__ out,
+                double* __restrict__ parts) {  // parts: one a block, unused for Plain
+  __shared__ Slabs<T> slabs;
+  __shared__ double diagonal[kTile];
+  const Problem& p = problems.layer[find_layer(problems, blockIdx.x)];
+  const int m = gram_size(p), across = (m + kTile - 1) / kTile;
+  const int triangle = across * (across + 1) / 2, unit = blockIdx.x - p.first_unit;
+  const int group = unit / triangle;
+  int row_tile = 0, column_tile = unit % triangle;
+  while (column_tile > row_tile) column_tile -= ++row_tile;
+  const int row = row_tile * kTile, column = column_tile * kTile;
+  const bool on_diagonal = row_tile == column_tile;
+
+  // Near orthonormality G - I cancels on the diagonal, so that is summed in double.
+  double square = 0;
+  const auto add_squares = [&](const Slabs<T>& slab) {
+    if (on_diagonal && threadIdx.x < kTile) {
+      for (int i = 0; i < kSlab; ++i) {
+        const double x = slab.a[i][threadIdx.x];
+        square += x * x;
+      }
+    }
+  };
+  T sum[kPerThread][kPerThread] = {};
+  if (p.columns) {
+    tile_product(
+        slabs, p.n, /*a_along_inner=*/false, /*b_along_inner=*/false,
+        [&](int i, int q) { return entry<T>(p, group, q, row + i); },
+        [&](int q, int j) { return entry<T>(p, group, q, column + j); }, add_squares, sum);
+  } else {
+    tile_product(
+        slabs, p.width, /*a_along_inner=*/true, /*b_along_inner=*/true,
+        [&](int i, int q) { return entry<T>(p, group, row + i, q); },
+        [&](int q, int j) { return entry<T>(p, group, column + j, q); }, add_squares, sum);
+  }
+  if (on_diagonal) {
+    if (threadIdx.x < kTile) diagonal[threadIdx.x] = square;
+    __syncthreads();
+  }
+
+  const int tx = threadIdx.x % kAcross, ty = threadIdx.x / kAcross;
+  T* base = out + p.slopes + static_cast<int64_t>(group) * m * m;
+  double part = 0;
+#pragma unroll
+  for (int x = 0; x < kPerThread; ++x) {
+#pragma unroll
+    for (int y = 0; y < kPerThread; ++y) {
+      const int i = row + ty * kPerThread + x, j = column + tx * kPerThread + y;
+      if (i >= m || j >= m) continue;
+      T value = sum[x][y];
+      if constexpr (std::is_same_v<Penalty, Plain>) {
+        if (i == j) value = static_cast<T>(diagonal[i - row]);
+      } else {
+        if (i == j) value = Penalty::kIdentity ? static_cast<T>(diagonal[i - row] - 1) : T(0);
+        part += (on_diagonal ? 1 : 2) * static_cast<double>(Penalty::value(value));
+        value = Penalty::slope(value);
+      }
+      base[static_cast<int64_t>(i) * m + j] = value;
+      if (!on_diagonal) base[static_cast<int64_t>(j) * m + i] = value;
+    }
+  }
+  if constexpr (!std::is_same_v<Penalty, Plain>) {
+    __shared__ double scratch[kThreads / 32];
+    part = block_sum<kThreads>(part, scratch);
+    if (threadIdx.x == 0) parts[blockIdx.x] = part;
+  }
+}
+
+// values[l] = offset_l + the parts of layer l's blocks, in a fixed order. One block a layer.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    finish_penalty_kernel(const __grid_constant__ Problems problems,
+                          const double* __restrict__ parts, T* __restrict__ values) {
+  __shared__ double scratch[kThreads / 32];
+  const int layer = blockIdx.x;
+  const int first = problems.layer[layer].first_unit;
+  const int last =
+      layer + 1 < problems.count ? problems.layer[layer + 1].first_unit : problems.units;
+  double sum = 0;
+  for (int unit = first + threadIdx.x; unit < last; unit += kThreads) sum += parts[unit];
+  sum = block_sum<kThreads>(sum, scratch);
+  if (threadIdx.x == 0) values[layer] = static_cast<T>(sum + problems.layer[layer].offset);
+}
+
+}  // namespace orthoreg::cuda

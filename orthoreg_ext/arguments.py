@@ -1,0 +1,221 @@
+"""What the functions of functional.py accept: checked once, then plain data for an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import wrong_length
+from .penalties import Penalty
+
+SIDES = ("rows", "cols", "small")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The checked arguments of one call, ready for an operator; one entry a layer."""
+
+    weights: list[Tensor]  # each [groups * n, ...], filters dense in memory
+    biases: list[Tensor]  # each [groups * n] or empty
+    groups: list[int]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all layers."""
+        return self.weights[0].device
+
+    def take(self, indices: Sequence[int]) -> Layers:
+        """Some of the layers."""
+        return Layers(
+            [self.weights[i] for i in indices],
+            [self.biases[i] for i in indices],
+            [self.groups[i] for i in indices],
+        )
+
+    def fan_in(self, i: int) -> int:
+        """k: the entries of one filter of layer i, its bias included."""
+        return self.weights[i].shape[1:].numel() + (1 if self.biases[i].numel() else 0)
+
+    def filters(self, i: int) -> int:
+        """n: the filters in one group of layer i."""
+        return self.weights[i].shape[0] // self.groups[i]
+
+
+def has_dense_filters(weight: Tensor) -> bool:
+    """Whether every filter is one gapless block of memory, so that kernels read it in place."""
+    expected = 1
+    dims = sorted(
+        (stride, size) for stride, size in zip(weight.stride()[1:], weight.shape[1:], strict=True)
+    )
+    for stride, size in dims:
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return weight.shape[0] <= 1 or weight.stride(0) >= expected
+
+
+def check_tensor(argument: str, tensor: object, minimum_dim: int) -> Tensor:
+    """Returns a tensor that the operators can read, or raises naming the argument."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{argument} has dtype {tensor.dtype}, expected float64, float32, bfloat16 or float16; "
+            "convert it first"
+        )
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(f"{argument} is a DTensor; pass its local or full tensor instead")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{argument} has layout {tensor.layout}; call .to_dense() first")
+    if tensor.dim() < minimum_dim:
+        raise ValueError(
+            f"{argument} has shape {tuple(tensor.shape)}, expected [filters, ...] with at least "
+            f"{minimum_dim} dimensions; use .unsqueeze(0) for a single filter"
+        )
+    return tensor
+
+
+def check_layers(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    groups: Sequence[int] | None,
+    minimum_dim: int = 2,
+) -> Layers:
+    """Checks the layers of a call; filters that are not dense in memory are copied."""
+    if isinstance(weights, Tensor):
+        raise TypeError("weights must be a sequence of tensors; put the tensor in a list: [weight]")
+    weights = [check_tensor(f"weights[{i}]", w, minimum_dim) for i, w in enumerate(weights)]
+    count = len(weights)
+    if biases is not None and len(biases) != count:
+        raise wrong_length("biases", len(biases), count, "weights")
+    if groups is not None and len(groups) != count:
+        raise wrong_length("groups", len(groups), count, "weights")
+    checked_biases, checked_groups = [], []
+    for i, weight in enumerate(weights):
+        if weight.device != weights[0].device:
+            raise ValueError(
+                f"weights[{i}] is on {weight.device}, but weights[0] is on {weights[0].device}; "
+                "make one call for each device"
+            )
+        bias = biases[i] if biases is not None else None
+        if bias is None:
+            bias = weight.new_empty(0)
+        elif check_tensor(f"biases[{i}]", bias, 1).shape != weight.shape[:1]:
+            raise ValueError(
+                f"biases[{i}] has shape {tuple(bias.shape)}, expected [{weight.shape[0]}]: "
+                "one entry for each filter"
+            )
+        elif bias.device != weight.device or bias.dtype != weight.dtype:
+            raise ValueError(
+                f"biases[{i}] is {bias.dtype} on {bias.device}, but its weight is "
+                f"{weight.dtype} on {weight.device}; they must agree"
+            )
+        group = groups[i] if groups is not None else 1
+        if not isinstance(group, int) or group < 1 or weight.shape[0] % group:
+            raise ValueError(
+                f"groups[{i}] is {group!r}, expected a positive divisor of the {weight.shape[0]} "
+                "filters of that weight"
+            )
+        checked_biases.append(bias if bias.is_contiguous() else bias.contiguous())
+        checked_groups.append(group)
+    dense = [w if has_dense_filters(w) else w.contiguous() for w in weights]
+    return Layers(dense, checked_biases, checked_groups)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Which Gram matrix is formed for each layer, and what its value differs by."""
+
+    columns: list[bool]
+    offsets: list[float]
+    ones: list[bool]  # whether a dropped (zero) row adds exactly 1 to the computed value
+
+    def take(self, indices: Sequence[int]) -> Sides:
+        """The sides of some of the layers."""
+        return Sides(
+            [self.columns[i] for i in indices],
+            [self.offsets[i] for i in indices],
+            [self.ones[i] for i in indices],
+        )
+
+
+def choose_sides(layers: Layers, penalty: Penalty, side: str) -> Sides:
+    """Picks the Gram matrix of each layer: the smaller one where the gradient is the same."""
+    columns, offsets, ones = [], [], []
+    for i, group in enumerate(layers.groups):
+        n, k = layers.filters(i), layers.fan_in(i)
+        small = n > k
+        asked = small if side == "small" else side == "cols"
+        column = small if penalty.sides_agree else asked
+        columns.append(column)
+        # value(rows) - value(cols) = n - k in each group, where the sides agree
+        offsets.append(0.0 if column == asked else float(group * (n - k if column else k - n)))
+        ones.append(penalty.identity and not asked)
+    return Sides(columns, offsets, ones)
+
+
+def drop_pruned(
+    layers: Layers, pruned: Sequence[Tensor | None] | None
+) -> tuple[Layers, list[Tensor | None]]:
+    """Zeroes the pruned filters, and counts them without reading them on the host."""
+    if pruned is None:
+        return layers, [None] * len(layers.weights)
+    if len(pruned) != len(layers.weights):
+        raise wrong_length("pruned", len(pruned), len(layers.weights), "weights")
+    weights, biases = list(layers.weights), list(layers.biases)
+    counts: list[Tensor | None] = []
+    for i, mask in enumerate(pruned):
+        if mask is None:
+            counts.append(None)
+            continue
+        weight = weights[i]
+        if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.int64):
+            raise TypeError(
+                f"pruned[{i}] must be a bool mask [{weight.shape[0]}] or an int64 tensor of indices"
+            )
+        if mask.dtype == torch.int64:
+            mask = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device).index_fill(
+                0, mask.to(weight.device), True
+            )
+        if mask.shape != weight.shape[:1]:
+            raise ValueError(
+                f"pruned[{i}] has shape {tuple(mask.shape)}, expected [{weight.shape[0]}]: "
+                "one entry for each filter"
+            )
+        mask = mask.to(weight.device)
+        weights[i] = weight.masked_fill(mask.view(-1, *[1] * (weight.dim() - 1)), 0)
+        if biases[i].numel():
+            biases[i] = biases[i].masked_fill(mask, 0)
+        counts.append(mask.sum())
+    return Layers(weights, biases, layers.groups), counts
+
+
+def subtract_pruned(values: Tensor, sides: Sides, counts: list[Tensor | None]) -> Tensor:
+    """Takes back what the zeroed filters added to the values [L]."""
+    if not any(one and count is not None for one, count in zip(sides.ones, counts, strict=True)):
+        return values
+    zero = torch.zeros((), dtype=torch.int64, device=values.device)
+    dropped = [
+        count if one and count is not None else zero
+        for one, count in zip(sides.ones, counts, strict=True)
+    ]
+    return values - torch.stack(dropped).to(values.dtype)
+
+
+def check_coefficients(
+    coefficients: Sequence[float] | Tensor | None, count: int, device: torch.device
+) -> Tensor | None:
+    """Returns the factors [L] as a tensor; a sequence of numbers is copied to the device."""
+    if coefficients is None:
+        return None
+    if not isinstance(coefficients, Tensor):
+        coefficients = torch.tensor(list(coefficients), dtype=torch.float64).to(device)
+    if coefficients.shape != (count,):
+        raise wrong_length("coefficients", coefficients.numel(), count, "weights")
+    return coefficients

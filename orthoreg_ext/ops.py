@@ -1,0 +1,228 @@
+"""The compiled operators as PyTorch sees them: shapes for the compiler, gradients for autograd.
+
+Both are registered for a namespace, so that the emulated CUDA operators of the tests
+(`orthoreg_emu`) get exactly what the real ones get. Importing this module registers `orthoreg`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import build_info, reference
+from .penalties import get_penalty
+
+
+def gram_sizes(
+    weights: Sequence[Tensor],  # each [groups * n, ...]
+    biases: Sequence[Tensor],  # each [groups * n] or empty
+    groups: Sequence[int],
+    columns: Sequence[bool],
+) -> list[tuple[int, int, int]]:
+    """The shape [g, m, m] of each layer's Gram matrices."""
+    sizes = []
+    for weight, bias, group, column in zip(weights, biases, groups, columns, strict=True):
+        n = weight.shape[0] // group
+        k = (weight[0].numel() if weight.shape[0] else 0) + (1 if bias.numel() else 0)
+        m = k if column else n
+        sizes.append((group, m, m))
+    return sizes
+
+
+def _flat_grams(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    groups: Sequence[int],
+    columns: Sequence[bool],
+) -> Tensor:
+    total = sum(g * m * m for g, m, _ in gram_sizes(weights, biases, groups, columns))
+    return weights[0].new_empty(total, dtype=reference.compute_dtype(weights[0].dtype))
+
+
+def _values(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0].new_empty(len(weights), dtype=reference.compute_dtype(weights[0].dtype))
+
+
+# --- gram_penalty: (values [L], slopes [sum g m m]); slopes S = phi'(R) are kept for the gradient
+
+
+def _gram_penalty_fake(
+    weights: list[Tensor],
+    biases: list[Tensor],
+    groups: list[int],
+    columns: list[bool],
+    offsets: list[float],
+    penalty: str,
+) -> tuple[Tensor, Tensor]:
+    return _values(weights), _flat_grams(weights, biases, groups, columns)
+
+
+def _gram_penalty_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weights, biases, groups, columns, _, penalty = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*weights, *biases, output[1])
+    ctx.shape = (groups, columns, penalty)
+
+
+def _gram_penalty_backward(namespace: str) -> Any:
+    grad_op = getattr(torch.ops, namespace).gram_penalty_grad
+
+    def backward(ctx: Any, grad_values: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        groups, columns, penalty = ctx.shape
+        *layers, slopes = ctx.saved_tensors
+        weights, biases = layers[: len(groups)], layers[len(groups) :]
+        if grad_values is None:
+            return [None] * len(groups), [None] * len(groups), None, None, None, None
+        grads = grad_op(weights, biases, slopes, grad_values.contiguous(), groups, columns, penalty)
+        return grads[: len(groups)], grads[len(groups) :], None, None, None, None
+
+    return backward
+
+
+# --- gram_penalty_grad: the gradients of sum_l c_l P_l, weights first, then biases
+
+
+def _gram_penalty_grad_fake(
+    weights: list[Tensor],
+    biases: list[Tensor],
+    slopes: Tensor,
+    coefficients: Tensor,
+    groups: list[int],
+    columns: list[bool],
+    penalty: str,
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t in (*weights, *biases)]
+
+
+def _gram_penalty_grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    weights, biases, _, coefficients, groups, columns, penalty = inputs
+    ctx.save_for_backward(*weights, *biases, coefficients)
+    ctx.shape = (groups, columns, penalty)
+
+
+def _gram_penalty_grad_backward(ctx: Any, directions: list[Tensor]) -> tuple[Any, ...]:
+    """Second derivatives: rare, so in plain PyTorch, which keeps them differentiable in turn."""
+    groups, columns, penalty = ctx.shape
+    *layers, coefficients = ctx.saved_tensors
+    count = len(groups)
+    weight_grads, bias_grads, coefficient_grads = [], [], []
+    for i, (weight, bias) in enumerate(zip(layers[:count], layers[count:], strict=True)):
+        along, coefficient = reference.gram_penalty_grad_grad(
+            reference.filter_matrices(weight, bias, groups[i]),
+            reference.filter_matrices(directions[i], directions[count + i], groups[i]),
+            coefficients[i],
+            columns[i],
+            get_penalty(penalty),
+        )
+        weight_grad, bias_grad = _like_layer(along, weight, bias)
+        weight_grads.append(weight_grad)
+        bias_grads.append(bias_grad)
+        coefficient_grads.append(coefficient)
+    return weight_grads, bias_grads, None, torch.stack(coefficient_grads), None, None, None
+
+
+# --- gram: the Gram matrices [g, m, m] of all layers, flat, one after the other
+
+
+def _gram_fake(
+    weights: list[Tensor], biases: list[Tensor], groups: list[int], columns: list[bool]
+) -> Tensor:
+    return _flat_grams(weights, biases, groups, columns)
+
+
+def _gram_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, biases, groups, columns = inputs
+    ctx.save_for_backward(*weights, *biases)
+    ctx.shape = (groups, columns)
+
+
+def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    groups, columns = ctx.shape
+    weights, biases = ctx.saved_tensors[: len(groups)], ctx.saved_tensors[len(groups) :]
+    sizes = gram_sizes(weights, biases, groups, columns)
+    pieces = grad.split([g * m * m for g, m, _ in sizes])
+    weight_grads, bias_grads = [], []
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        matrices = reference.filter_matrices(weight, bias, groups[i])
+        turned = pieces[i].view(sizes[i])
+        turned = turned + turned.mT
+        along = matrices @ turned if columns[i] else turned @ matrices
+        weight_grad, bias_grad = _like_layer(along, weight, bias)
+        weight_grads.append(weight_grad)
+        bias_grads.append(bias_grad)
+    return weight_grads, bias_grads, None, None
+
+
+def _like_layer(
+    matrices: Tensor,  # [g, n, k]
+    weight: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Takes filter matrices apart again: the inverse of reference.filter_matrices."""
+    rows = matrices.flatten(0, 1)
+    if not bias.numel():
+        return rows.reshape(weight.shape).to(weight.dtype), None
+    return rows[:, :-1].reshape(weight.shape).to(weight.dtype), rows[:, -1].to(bias.dtype)
+
+
+# --- the operators without a gradient
+
+
+def _add_gram_penalty_grad_fake(
+    weights: list[Tensor],
+    biases: list[Tensor],
+    grads: list[Tensor],
+    bias_grads: list[Tensor],
+    coefficients: Tensor,
+    groups: list[int],
+    columns: list[bool],
+    offsets: list[float],
+    penalty: str,
+) -> Tensor:
+    return _values(weights)
+
+
+def _filter_scores_fake(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    biases: list[Tensor],
+    bias_grads: list[Tensor],
+    groups: list[int],
+    dim: int,
+    criteria: list[str],
+) -> Tensor:
+    filters = sum(
+        w.shape[0] if dim == 0 else g * (w.shape[1] if w.dim() > 1 else 1)
+        for w, g in zip(weights, groups, strict=True)
+    )
+    dtype = reference.compute_dtype(weights[0].dtype)
+    return weights[0].new_empty((len(criteria), filters), dtype=dtype)
+
+
+def register(namespace: str) -> None:
+    """Registers the fake kernels and the gradients for the operators of a namespace."""
+    library = torch.library
+    library.register_fake(f"{namespace}::gram")(_gram_fake)
+    library.register_fake(f"{namespace}::gram_penalty")(_gram_penalty_fake)
+    library.register_fake(f"{namespace}::gram_penalty_grad")(_gram_penalty_grad_fake)
+    library.register_fake(f"{namespace}::add_gram_penalty_grad_")(_add_gram_penalty_grad_fake)
+    library.register_fake(f"{namespace}::filter_scores")(_filter_scores_fake)
+    library.register_autograd(f"{namespace}::gram", _gram_backward, setup_context=_gram_context)
+    library.register_autograd(
+        f"{namespace}::gram_penalty",
+        _gram_penalty_backward(namespace),
+        setup_context=_gram_penalty_context,
+    )
+    library.register_autograd(
+        f"{namespace}::gram_penalty_grad",
+        _gram_penalty_grad_backward,
+        setup_context=_gram_penalty_grad_context,
+    )
+
+
+if build_info.compiled:
+    register("orthoreg")

@@ -1,0 +1,452 @@
+"""OrthoRegularizer: one added term, or one attached hook, for all layers of a model."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import functional
+from .arguments import SIDES
+from .errors import choose, unknown_name
+from .layers import FilterLayer, SkippedLayer, inspect_layers
+from .penalties import get_penalty
+
+Selector = str | Sequence[str] | Callable[[str, nn.Module], bool]
+LayerWeights = str | Mapping[str, float]
+
+LAYER_WEIGHTS: dict[str, Callable[[list[int], list[int]], list[float]]] = {
+    "sqrt": lambda groups, sizes: _normalised(
+        [math.sqrt(g * m) for g, m in zip(groups, sizes, strict=True)]
+    ),
+    "uniform": lambda groups, sizes: [1.0] * len(sizes),
+    "mean": lambda groups, sizes: [1 / (g * m * m) for g, m in zip(groups, sizes, strict=True)],
+}
+"""Layer weights from the number and the size m of each layer's Gram matrices."""
+
+
+def _normalised(weights: list[float]) -> list[float]:
+    total = sum(weights)
+    return [w / total for w in weights]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One regularised layer: what it is, its share of the term, its filters' correlation."""
+
+    name: str
+    kind: str
+    filters: int
+    groups: int
+    fan_in: int
+    side: str
+    weight: float
+    penalty: float
+    correlation: float  # mean |cosine| over the pairs of filters in a group; nan without a pair
+
+
+@dataclass(frozen=True)
+class Report:
+    """The regularised layers, and the skipped ones with the reason."""
+
+    rows: list[LayerReport]
+    skipped: list[SkippedLayer]
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> LayerReport:
+        return self.rows[index]
+
+    def __str__(self) -> str:
+        names = [r.name for r in self.rows] + [s.name for s in self.skipped]
+        width = max([len(name) for name in names] + [5])
+        lines = [
+            f"{'layer':<{width}}  {'kind':<10} {'filters':>7} {'groups':>6} {'fan-in':>6} "
+            f"{'side':<4} {'weight':>8} {'penalty':>11} {'mean |cos|':>10}"
+        ]
+        lines += [
+            f"{r.name:<{width}}  {r.kind:<10} {r.filters:>7} {r.groups:>6} {r.fan_in:>6} "
+            f"{r.side:<4} {r.weight:>8.4f} {r.penalty:>11.4g} {r.correlation:>10.4f}"
+            for r in self.rows
+        ]
+        lines += [f"{s.name:<{width}}  {s.kind:<10} skipped: {s.reason}" for s in self.skipped]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """The regularised layers of one device, with everything that is fixed until they change."""
+
+    layers: list[FilterLayer]
+    columns: list[bool]
+    with_bias: list[bool]
+    factors: list[float]
+    coefficients: Tensor  # [L], on the device
+
+    def tensors(self) -> dict[str, Any]:
+        """The current parameters, as arguments of a functional call."""
+        return {
+            "weights": [layer.weight for layer in self.layers],
+            "biases": [
+                layer.bias if bias else None
+                for layer, bias in zip(self.layers, self.with_bias, strict=True)
+            ],
+            "groups": [layer.groups for layer in self.layers],
+        }
+
+
+@dataclass
+class _Plan:
+    key: tuple[Any, ...] = ()
+    terms: list[_Term] = field(default_factory=list)
+    skipped: list[SkippedLayer] = field(default_factory=list)
+
+
+class OrthoRegularizer:
+    """Regularises the filters of a model towards orthonormality.
+
+    The term is strength * sum_l weight_l * P_l over the layers l, with P_l from
+    :func:`orthoreg_ext.functional.gram_penalty`. Two routes: ``loss = loss + reg()`` or
+    ``reg.attach(optimizer)``. The first is inside whatever is done to the loss (gradient
+    clipping, loss scaling); the second adds the gradient just before the optimizer step, after any
+    clipping, once a step however often gradients were accumulated.
+
+    Defaults follow OrthoReg (Lubana et al., arXiv 2009.05014, released code): the entrywise L1
+    penalty, strength 1e-2 (the authors take 1e-3 for MobileNet), weights sqrt(size) normalised to
+    sum 1, the bias of a convolution as one more entry of its filter, the classifier left out. The
+    released code hard-codes a size and a side for each network; here size is the number of rows of
+    the layer's Gram matrices and the side is the smaller one. Its authors train with weight decay 0
+    while the term is on.
+
+    Layers are looked up at every call, so parameters that were replaced (pruned) or frozen since
+    are seen. Shared parameters count once.
+
+    Args:
+        model: the module whose layers are regularised.
+        penalty: a name of :data:`orthoreg_ext.penalties.PENALTIES`.
+        strength: the factor of the whole term.
+        side: ``"rows"``, ``"cols"`` or ``"small"``; see :func:`functional.gram_penalty`.
+        layer_weights: ``"sqrt"`` (normalised to sum 1), ``"uniform"`` (1 each), ``"mean"`` (one
+            over the number of Gram entries) or a dict from layer name to factor, 1 where missing.
+        include: names or patterns (``"features.*"``) of the layers to take, or a function of name
+            and module. Without it every convolution and linear layer is taken, but for a linear
+            classifier (the last layer of several) and layers larger than `max_dim`.
+        exclude: names, patterns or a function; layers to leave out.
+        bias: whether a bias is one more entry of its filter: True, False or ``"conv"`` (not for
+            linear layers).
+        every: evaluates the term on every so many-th call or step only, that many times as strong.
+        schedule: a function from the step number (0, 1, ...) to a factor of the strength.
+        max_dim: the largest Gram matrix that is taken without `include`.
+
+    Raises:
+        ValueError: no layer is left, or an argument is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        penalty: str = "orthoreg",
+        strength: float = 1e-2,
+        *,
+        side: str = "small",
+        layer_weights: LayerWeights = "sqrt",
+        include: Selector | None = None,
+        exclude: Selector | None = None,
+        bias: bool | str = "conv",
+        every: int = 1,
+        schedule: Callable[[int], float] | None = None,
+        max_dim: int = 2048,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not math.isfinite(strength) or strength < 0:
+            raise ValueError(f"strength is {strength!r}, expected a finite number of at least 0")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every is {every!r}, expected a positive number of steps")
+        if bias not in (True, False, "conv"):
+            raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
+        if isinstance(layer_weights, str):
+            choose("layer_weights", layer_weights, LAYER_WEIGHTS)
+        self.model = model
+        self.penalty = get_penalty(penalty).name
+        self.strength = strength
+        self.side = choose("side", side, SIDES)
+        self.layer_weights = layer_weights
+        self.every = every
+        self.schedule = schedule
+        self.step = 0
+        self._include, self._exclude = include, exclude
+        self._bias, self._max_dim = bias, max_dim
+        self._plan = _Plan()
+        self._attached: list[int] = []
+        self._check_names()
+        plan = self._current()
+        if not plan.terms:
+            reasons = "; ".join(f"{s.name!r}: {s.reason}" for s in plan.skipped)
+            raise ValueError(
+                f"no layer is left to regularise ({reasons or 'the model has no filters'}); "
+                "name layers in include= or relax exclude= and max_dim="
+            )
+        for layer in plan.skipped:
+            if layer.reason.startswith("its Gram matrix"):
+                warnings.warn(f"layer {layer.name!r} is skipped: {layer.reason}", stacklevel=2)
+
+    def __call__(self) -> Tensor:
+        """Returns the term, a differentiable scalar in the weights' computing precision."""
+        plan, factor = self._current(), self._advance()
+        if factor == 0 or not plan.terms:
+            device = plan.terms[0].coefficients.device if plan.terms else None
+            return torch.zeros((), device=device)
+        total: Tensor | None = None
+        for term in plan.terms:
+            values = functional.gram_penalty(penalty=self.penalty, side=self.side, **term.tensors())
+            part = (values * term.coefficients.to(values.dtype)).sum() * factor
+            total = part if total is None else total + part.to(total.device)
+        assert total is not None
+        return total
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Adds the term's gradient before each step of the optimizer.
+
+        Only layers whose weight is one of the optimizer's parameters are touched, so models with
+        several optimizers attach to each. Under a GradScaler whose fused optimizer unscales by
+        itself the term is scaled alike.
+
+        Returns:
+            A handle whose ``remove()`` detaches.
+
+        Raises:
+            ValueError: already attached to this optimizer, it holds none of the layers, or it
+                calls a closure several times a step (LBFGS): use ``loss + reg()`` there.
+        """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS evaluates its closure many times a step: use loss + reg() instead"
+            )
+        if id(optimizer) in self._attached:
+            raise ValueError("this regulariser is attached to this optimizer already")
+        owned = _parameters_of(optimizer)
+        if not any(_owns(owned, layer) for term in self._current().terms for layer in term.layers):
+            raise ValueError(
+                "the optimizer holds none of the regularised layers: pass it model.parameters(), "
+                "and attach again after parameters were replaced"
+            )
+        handle = optimizer.register_step_pre_hook(self._before_step)
+        self._attached.append(id(optimizer))
+        return handle
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        factor = self._advance()
+        if factor == 0:
+            return
+        scale = getattr(optimizer, "grad_scale", None)
+        owned = _parameters_of(optimizer)
+        for term in self._current().terms:
+            mine = [i for i, layer in enumerate(term.layers) if _owns(owned, layer)]
+            if not mine:
+                continue
+            arguments = {key: [value[i] for i in mine] for key, value in term.tensors().items()}
+            coefficients = term.coefficients
+            functional.add_gram_penalty_grad_(
+                penalty=self.penalty,
+                strength=factor if scale is None else scale.to(coefficients.device) * factor,
+                side=self.side,
+                coefficients=coefficients if len(mine) == len(term.layers) else coefficients[mine],
+                **arguments,
+            )
+
+    def report(self) -> Report:
+        """Measures every layer: its penalty, its factor in the term, its filters' correlation."""
+        plan, rows = self._current(), []
+        with torch.no_grad():
+            for term in plan.terms:
+                tensors = term.tensors()
+                values = functional.gram_penalty(penalty=self.penalty, side=self.side, **tensors)
+                for i, layer in enumerate(term.layers):
+                    rows.append(
+                        LayerReport(
+                            name=layer.name,
+                            kind=layer.kind,
+                            filters=layer.filters,
+                            groups=layer.groups,
+                            fan_in=layer.fan_in + int(term.with_bias[i]),
+                            side="cols" if term.columns[i] else "rows",
+                            weight=term.factors[i],
+                            penalty=float(values[i]),
+                            correlation=mean_correlation(layer),
+                        )
+                    )
+        return Report(rows, plan.skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs: the step number and the settings it belongs to."""
+        return {"step": self.step, **self._settings()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state is of a regulariser with other settings, or incomplete.
+        """
+        settings = self._settings()
+        missing = {"step", *settings} - set(state)
+        if missing:
+            raise ValueError(
+                f"state has no {', '.join(sorted(missing))}: is it a state_dict of this?"
+            )
+        for key, value in settings.items():
+            if state[key] != value:
+                raise ValueError(
+                    f"state was saved with {key}={state[key]!r}, but this regulariser has {value!r}"
+                )
+        self.step = int(state["step"])
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "penalty": self.penalty,
+            "strength": self.strength,
+            "side": self.side,
+            "every": self.every,
+        }
+
+    def _advance(self) -> float:
+        """Counts a call; returns the factor of the term in it, 0 where it is left out."""
+        step, self.step = self.step, self.step + 1
+        if step % self.every:
+            return 0.0
+        factor = self.schedule(step) if self.schedule else 1.0
+        return self.strength * self.every * factor
+
+    def _current(self) -> _Plan:
+        """The plan for the parameters the model has now."""
+        found, skipped = inspect_layers(self.model)
+        key = tuple(
+            (layer.name, id(layer.module), w.shape, w.requires_grad, w.device)
+            for layer in found
+            for w in (layer.module.weight,)
+        )
+        if key != self._plan.key or not key:
+            self._plan = self._make_plan(key, found, skipped)
+        return self._plan
+
+    def _make_plan(
+        self, key: tuple[Any, ...], found: list[FilterLayer], skipped: list[SkippedLayer]
+    ) -> _Plan:
+        taken: list[FilterLayer] = []
+        skipped = list(skipped)
+        for layer in found:
+            reason = self._reason_to_skip(layer, found)
+            if reason:
+                skipped.append(SkippedLayer(layer.name, layer.kind, reason))
+            else:
+                taken.append(layer)
+        factors = self._factors(taken)
+        by_device: dict[torch.device, list[int]] = {}
+        for i, layer in enumerate(taken):
+            by_device.setdefault(layer.weight.device, []).append(i)
+        terms = [
+            _Term(
+                layers=[taken[i] for i in indices],
+                columns=[self._gram_size(taken[i])[1] for i in indices],
+                with_bias=[self._takes_bias(taken[i]) for i in indices],
+                factors=[factors[i] for i in indices],
+                coefficients=torch.tensor([factors[i] for i in indices]).to(device),
+            )
+            for device, indices in by_device.items()
+        ]
+        return _Plan(key, terms, skipped)
+
+    def _reason_to_skip(self, layer: FilterLayer, found: list[FilterLayer]) -> str:
+        if self._exclude is not None and _selects(self._exclude, layer):
+            return "excluded by exclude="
+        if self._include is not None and not _selects(self._include, layer):
+            return "not selected by include="
+        if not layer.weight.requires_grad:
+            return "frozen: its weight does not require a gradient"
+        if layer.filters == 0 or layer.fan_in == 0:
+            return "it has no filters"
+        if self._include is not None:
+            return ""
+        if layer.kind == "linear" and layer is found[-1] and len(found) > 1:
+            return "the classifier; name it in include= to regularise it"
+        size = self._gram_size(layer)[0]
+        if size > self._max_dim:
+            return (
+                f"its Gram matrix would be {size} x {size}, larger than max_dim={self._max_dim}; "
+                "name it in include= or raise max_dim="
+            )
+        return ""
+
+    def _takes_bias(self, layer: FilterLayer) -> bool:
+        wanted = layer.kind != "linear" if self._bias == "conv" else bool(self._bias)
+        return wanted and layer.bias is not None
+
+    def _gram_size(self, layer: FilterLayer) -> tuple[int, bool]:
+        """The rows of the layer's Gram matrices, and whether they are on the columns' side."""
+        n = layer.filters // layer.groups
+        k = layer.fan_in + int(self._takes_bias(layer))
+        columns = self.side == "cols" or (self.side == "small" and n > k)
+        return (k if columns else n), columns
+
+    def _factors(self, taken: list[FilterLayer]) -> list[float]:
+        if isinstance(self.layer_weights, str):
+            groups = [layer.groups for layer in taken]
+            sizes = [self._gram_size(layer)[0] for layer in taken]
+            return LAYER_WEIGHTS[self.layer_weights](groups, sizes)
+        return [float(self.layer_weights.get(layer.name, 1.0)) for layer in taken]
+
+    def _check_names(self) -> None:
+        """Every name or pattern must mean some layer: a typo would switch the term off silently."""
+        names = [layer.name for layer in inspect_layers(self.model)[0]]
+        for argument, selector in (("include", self._include), ("exclude", self._exclude)):
+            for pattern in _patterns(selector):
+                if not fnmatch.filter(names, pattern):
+                    raise unknown_name(f"layer in {argument}=", pattern, names)
+        if not isinstance(self.layer_weights, str):
+            for name in self.layer_weights:
+                if name not in names:
+                    raise unknown_name("layer in layer_weights=", name, names)
+
+
+def mean_correlation(layer: FilterLayer) -> float:
+    """The mean |cosine| over the pairs of filters in each group of a layer; nan without a pair."""
+    n = layer.filters // layer.groups
+    if n < 2:
+        return math.nan
+    groups = layer.weight.detach().flatten(1).split(n)
+    total = sum(
+        (cosine.abs().sum() - cosine.diagonal().abs().sum())
+        for cosine in functional.filter_correlation(groups)
+    )
+    return float(total) / (layer.groups * n * (n - 1))
+
+
+def _patterns(selector: Selector | None) -> list[str]:
+    if selector is None or callable(selector):
+        return []
+    return [selector] if isinstance(selector, str) else list(selector)
+
+
+def _selects(selector: Selector, layer: FilterLayer) -> bool:
+    if callable(selector):
+        return bool(selector(layer.name, layer.module))
+    return any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in _patterns(selector))
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _owns(owned: set[int], layer: FilterLayer) -> bool:
+    return any(id(p) in owned for p in layer.module.parameters())

@@ -1,0 +1,174 @@
+"""Fixtures for every test: the implementations to run on, and seeded random layers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+import orthoreg_ext as ox
+from orthoreg_ext import ops
+from orthoreg_ext.backend import BACKENDS, Backend
+from orthoreg_ext.build_info import compiled, reason
+
+# Under a sanitizer only the emulated kernels are of interest, and every test is many times slower.
+SANITIZED = bool(os.environ.get("ORTHOREG_EMU_SANITIZE"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> str:
+    """Builds the CUDA kernels for the CPU and registers them as backend "emulated"."""
+    from tests.emu.build import NvccMissingError, build_project
+
+    try:
+        library = build_project()
+    except NvccMissingError as error:
+        pytest.skip(str(error))
+    torch.ops.load_library(str(library))
+    ops.register("orthoreg_emu")
+    BACKENDS["emulated"] = Backend("orthoreg_emu", ("cpu",))
+    return "emulated"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One implementation under test."""
+
+    name: str
+    device: torch.device
+    tolerance: float  # relative, of float32 against float64
+
+    @property
+    def namespace(self) -> object:
+        return getattr(torch.ops, BACKENDS[self.name].namespace or "orthoreg")
+
+
+def _target(name: str, request: pytest.FixtureRequest) -> Target:
+    if name == "emulated":
+        return Target(request.getfixturevalue("emulator"), torch.device("cpu"), 1e-5)
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")
+        return Target("cuda", torch.device("cuda"), 1e-5)
+    if not compiled:
+        pytest.skip(reason)
+    return Target("cpu", torch.device("cpu"), 1e-6)
+
+
+_TARGETS = ["emulated"] if SANITIZED else ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=_TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Runs the test on the compiled CPU operators, the emulated and, with a GPU, the real CUDA ones."""
+    chosen = _target(request.param, request)
+    with ox.backend(chosen.name):
+        yield chosen
+
+
+@dataclass
+class Layers:
+    """A list of layers as functional arguments."""
+
+    weights: list[Tensor] = field(default_factory=list)
+    biases: list[Tensor | None] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+
+    def arguments(self) -> dict[str, object]:
+        return {"weights": self.weights, "biases": self.biases, "groups": self.groups}
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.weights, *(b for b in self.biases if b is not None)]
+
+    def double(self) -> Layers:
+        """The same numbers on the CPU in float64, contiguous."""
+
+        def copy(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            made = tensor.detach().cpu().double().contiguous()
+            return made.requires_grad_(tensor.requires_grad)
+
+        return Layers([copy(w) for w in self.weights], [copy(b) for b in self.biases], self.groups)
+
+
+def random_weight(
+    n: int, k: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> Tensor:  # [n, ...] with k entries a filter
+    """A weight of n filters of k entries in one of the layouts that models hold."""
+    scale = k**-0.5
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+    choice = int(torch.randint(5, (), generator=generator))
+    taps = next((t for t in (9, 4, 25, 3) if k % t == 0), 1)
+    side = {9: (3, 3), 4: (2, 2), 25: (5, 5), 3: (1, 3), 1: (1, 1)}[taps]
+    if choice == 0:
+        return normal(n, k // taps, *side)
+    if choice == 1:
+        return normal(n, k // taps, *side).contiguous(memory_format=torch.channels_last)
+    if choice == 2:
+        return normal(n, k + 3)[:, 2 : k + 2]  # an offset and a stride between the filters
+    if choice == 3:
+        return normal(k, n).t()  # filters that are not dense
+    return normal(n, k)
+
+
+def random_layers(
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    count: int | None = None,
+    largest: int = 300,
+    budget: int = 300_000,
+    requires_grad: bool = True,
+) -> Layers:
+    """Ragged layers: n and k from 1 to `largest`, groups, biases, layouts; dtype None mixes them.
+
+    The multiply-adds of all layers stay near `budget`, so that many small layers and few large
+    ones take about the same time.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    count = integer(1, 60) if count is None and integer(0, 3) == 0 else count or integer(1, 6)
+    layers, spent = Layers(), 0
+    for index in range(count):
+        share = max(1, (budget - spent) // (count - index))
+        n = integer(1, largest)
+        k = integer(1, max(1, min(largest, 4 * share // (n * n))))
+        n = min(n, max(1, int((4 * share / k) ** 0.5)))
+        spent += n * n * k
+        groups = integer(2, 3) if integer(0, 5) == 0 else 1
+        kind = dtype or [torch.float32, torch.bfloat16, torch.float16, torch.float64][integer(0, 3)]
+        weight = random_weight(n * groups, k, generator, device, kind)
+        bias = None
+        if integer(0, 2) == 0:
+            bias = torch.randn(n * groups, generator=generator).to(device, kind)
+        if requires_grad:
+            weight = weight.detach().requires_grad_()
+            bias = bias if bias is None else bias.requires_grad_()
+        layers.weights.append(weight)
+        layers.biases.append(bias)
+        layers.groups.append(groups)
+    return layers
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| over |want| in the Frobenius norm, in float64."""
+    want = want.detach().double().cpu()
+    difference = (got.detach().double().cpu() - want).norm()
+    return float(difference / want.norm().clamp_min(1e-30)) if difference > 0 else 0.0
