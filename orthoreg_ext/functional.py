@@ -79,6 +79,9 @@ def gram(
     grams: list[Tensor] = [torch.empty(0)] * count
     for part in _by_precision(layers):
         taken, sided = layers.take(part), [columns[i] for i in part]
+        # the columns' order is the caller's, not that of the memory
+        ordered = [w.contiguous() if c else w for w, c in zip(taken.weights, sided, strict=True)]
+        taken = Layers(ordered, taken.biases, taken.groups)
         for i, matrix in zip(part, _grams(taken, sided), strict=True):
             grams[i] = matrix if layers.groups[i] > 1 else matrix.squeeze(0)
     return grams
@@ -388,7 +391,7 @@ def _check_grads(
 
 def _like(grad: Tensor, weight: Tensor) -> Tensor:
     """The gradient in the dtype and memory order of its weight, copied only where it must be."""
-    if grad.dtype == weight.dtype and grad.stride() == weight.stride():
+    if grad.dtype == weight.dtype and grad.stride()[1:] == weight.stride()[1:]:
         return grad
     return torch.empty_like(weight).copy_(grad)
 

@@ -28,7 +28,8 @@ struct ScoreLayer {
   const void *weight, *grad;     // grad null where no criterion needs it
   const void *bias, *bias_grad;  // null without
   ScalarType dtype;
-  int64_t groups, n, k, stride;
+  int64_t groups, n, k;
+  int64_t stride, grad_stride;  // from one filter to the next
   int64_t inputs, taps, input_stride, tap_stride;
   int64_t first;  // where its scores start in each row of the output
 
@@ -68,15 +69,27 @@ inline std::vector<ScoreLayer> read_score_layers(const std::vector<Tensor>& weig
   for (size_t i = 0; i < layers.size(); ++i) {
     const Tensor& w = weights[i];
     const Layer& layer = layers[i];
-    ScoreLayer s{
-        layer.weight, nullptr, layer.bias, nullptr, layer.dtype, layer.groups, layer.n, layer.k,
-        layer.stride, 1,       1,          0,       0,           first};
+    ScoreLayer s{layer.weight,
+                 nullptr,
+                 layer.bias,
+                 nullptr,
+                 layer.dtype,
+                 layer.groups,
+                 layer.n,
+                 layer.k,
+                 layer.stride,
+                 layer.stride,
+                 1,
+                 1,
+                 0,
+                 0,
+                 first};
     if (with_grads) {
       const Tensor& g = grads[i];
-      STD_TORCH_CHECK(g.scalar_type() == w.scalar_type() && same_entry_order(g, w) &&
-                          (w.size(0) <= 1 || g.stride(0) == w.stride(0)),
-                      "grads[", i, "] must have the shape, type and strides of weights[", i, "]");
+      STD_TORCH_CHECK(g.scalar_type() == w.scalar_type() && same_entry_order(g, w), "grads[", i,
+                      "] must have the shape, type and memory order of weights[", i, "]");
       s.grad = g.const_data_ptr();
+      if (g.size(0) > 1) s.grad_stride = g.stride(0);
       if (layer.bias != nullptr) {
         STD_TORCH_CHECK(bias_grads[i].scalar_type() == w.scalar_type() &&
                             bias_grads[i].is_contiguous() &&

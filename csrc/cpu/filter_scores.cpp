@@ -60,7 +60,7 @@ template <class T, class E>
 Sums filter_sums(const ScoreLayer& layer, int64_t i, Gather<T>& gather) {
   Sums sums;
   const E* w = static_cast<const E*>(layer.weight) + i * layer.stride;
-  const E* g = layer.grad ? static_cast<const E*>(layer.grad) + i * layer.stride : nullptr;
+  const E* g = layer.grad ? static_cast<const E*>(layer.grad) + i * layer.grad_stride : nullptr;
   if constexpr (std::is_same_v<T, E>) {
     kernels<T>().sums(w, g, layer.k, &sums);
   } else {
@@ -79,9 +79,11 @@ Sums input_sums(const ScoreLayer& layer, int64_t input, Gather<T>& gather) {
   Sums sums;
   const int64_t group = input / layer.inputs, channel = input % layer.inputs;
   for (int64_t i = group * layer.n; i < (group + 1) * layer.n; ++i) {
-    const int64_t start = i * layer.stride + channel * layer.input_stride;
-    const E* g = layer.grad ? static_cast<const E*>(layer.grad) + start : nullptr;
-    gather.add(static_cast<const E*>(layer.weight) + start, g, layer.taps, layer.tap_stride, &sums);
+    const int64_t start = channel * layer.input_stride;
+    const E* w = static_cast<const E*>(layer.weight) + i * layer.stride + start;
+    const E* g =
+        layer.grad ? static_cast<const E*>(layer.grad) + i * layer.grad_stride + start : nullptr;
+    gather.add(w, g, layer.taps, layer.tap_stride, &sums);
   }
   gather.flush(&sums);
   return sums;

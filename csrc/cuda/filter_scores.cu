@@ -29,6 +29,7 @@ void run(const std::vector<ScoreLayer>& layers, const std::vector<Criterion>& cr
                                     l.bias,
                                     l.bias_grad,
                                     l.stride,
+                                    l.grad_stride,
                                     l.input_stride,
                                     l.tap_stride,
                                     l.first,

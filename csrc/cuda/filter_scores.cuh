@@ -16,7 +16,7 @@ constexpr int kMaxScoreCriteria = 6;
 
 struct ScoreProblem {  // see common/scores.h
   const void *weight, *grad, *bias, *bias_grad;
-  int64_t stride, input_stride, tap_stride;
+  int64_t stride, grad_stride, input_stride, tap_stride;
   int64_t first;  // where its scores start in each row of the output
   int32_t n, k, inputs, taps;
   int32_t first_unit;  // its first block
@@ -24,7 +24,7 @@ struct ScoreProblem {  // see common/scores.h
   Type type;
 };
 
-constexpr int kScoreLayersPerLaunch = kLayersPerLaunch;
+constexpr int kScoreLayersPerLaunch = kLayersPerLaunch * 9 / 10;
 
 struct ScoreProblems {
   int32_t count, criteria;
@@ -71,24 +71,26 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (index >= p.scores) return;  // a whole warp
 
   LaneSums<T> sums;
-  const auto add = [&](const void* weight, const void* grad, int64_t at) {
+  const auto add = [&](const void* weight, int64_t at, const void* grad, int64_t grad_at) {
     const T w = load<T>(weight, at, p.type);
     if (grad == nullptr) {
       sums.add(w);
     } else {
-      sums.add(w, load<T>(grad, at, p.type));
+      sums.add(w, load<T>(grad, grad_at, p.type));
     }
   };
   if (dim == 0) {
-    const int64_t start = static_cast<int64_t>(index) * p.stride;
-    for (int j = lane; j < p.k; j += 32) add(p.weight, p.grad, start + j);
-    if (p.bias != nullptr && lane == 0) add(p.bias, p.bias_grad, index);
+    const int64_t start = index * p.stride, grad_start = index * p.grad_stride;
+    for (int j = lane; j < p.k; j += 32) add(p.weight, start + j, p.grad, grad_start + j);
+    if (p.bias != nullptr && lane == 0) add(p.bias, index, p.bias_grad, index);
   } else {
     const int group = index / p.inputs, channel = index % p.inputs;
-    const int64_t start = static_cast<int64_t>(group) * p.n * p.stride + channel * p.input_stride;
+    const int64_t first = static_cast<int64_t>(group) * p.n;
     const int64_t entries = static_cast<int64_t>(p.n) * p.taps;
     for (int64_t e = lane; e < entries; e += 32) {
-      add(p.weight, p.grad, start + e / p.taps * p.stride + e % p.taps * p.tap_stride);
+      const int64_t filter = first + e / p.taps;
+      const int64_t inside = channel * p.input_stride + e % p.taps * p.tap_stride;
+      add(p.weight, filter * p.stride + inside, p.grad, filter * p.grad_stride + inside);
     }
   }
 

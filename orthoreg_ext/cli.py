@@ -1,0 +1,169 @@
+"""The command ``orthoreg``."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from .build_info import build_info
+
+BAD_INPUT = 2
+FAILED = 1
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+
+    Returns:
+        0, or 1 where the work failed (training diverged, disk full), 2 for bad input, 130 after
+        Ctrl-C. Errors are one line on stderr.
+    """
+    options = _parser().parse_args(argv)
+    work = {"info": _info, "prune": _prune}[options.command]
+    try:
+        return work(options)
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume continues" if options.command == "prune" else ""
+        print(f"\northoreg {options.command}: interrupted{hint}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, ImportError, ArithmeticError, OSError) as error:
+        line = " ".join(_text(error).split())
+        print(f"orthoreg {options.command}: error: {line}", file=sys.stderr)
+        failed = isinstance(error, ArithmeticError) or (
+            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+        )
+        return FAILED if failed else BAD_INPUT
+
+
+def _text(error: Exception) -> str:
+    """What an error says, without the number that OSError puts in front."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return error.strerror + (f": {error.filename!r}" if error.filename else "")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="orthoreg", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    info = commands.add_parser(
+        "info", help="what is compiled, what runs and why something does not"
+    )
+    info.add_argument("--json", action="store_true", help="print it as JSON")
+
+    prune = commands.add_parser(
+        "prune",
+        help="train a network with OrthoReg, prune and fine-tune it, beside an unregularised twin",
+        description="Trains, prunes and fine-tunes a network with OrthoReg and an unregularised "
+        "twin pruned by L1; writes report.html, model.pt2, history.json and weights.safetensors.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30),
+        allow_abbrev=False,
+    )
+    # no defaults here: a setting that is not given is the default's, or a stored run's
+    settings = prune.add_argument_group("settings (kept in the run; the defaults are a demo)")
+    for name, kind, text in (
+        ("model", str, "vgg (default), resnet, or pkg.module:factory"),
+        ("data", str, "digits (default), DIR/class/*.png (or DIR/train, DIR/test), file.npz"),
+        ("ratio", float, "share of the filters to remove (0.75)"),
+        ("rounds", int, "cuts in which they go, each followed by fine-tuning (1)"),
+        ("criterion", str, "scores the regularised network's filters (fisher)"),
+        ("penalty", str, "the regulariser's penalty (orthoreg)"),
+        ("strength", float, "its strength (depends on the penalty)"),
+        ("seed", int, "the first seed (0)"),
+        ("seeds", int, "number of seeds; tables show medians (3)"),
+        ("epochs", int, "training epochs"),
+        ("finetune-epochs", int, "epochs after the cut, shared among the rounds"),
+        ("batch-size", int, "images a step (64)"),
+        ("lr", float, "learning rate of the training (0.1)"),
+        ("finetune-lr", float, "learning rate of the fine-tuning (0.05)"),
+        ("max-layer-ratio", float, "no layer loses a larger share of its filters (0.9)"),
+        ("image-size", int, "resize images to this side"),
+        ("device", str, "auto (default), cpu or cuda"),
+        ("threads", int, "CPU threads (1)"),
+    ):
+        metavar = {str: "NAME", int: "N", float: "X"}[kind]
+        settings.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    prune.set_defaults(settings=[action.dest for action in settings._group_actions])
+    prune.add_argument(
+        "--out", type=Path, default=Path("orthoreg-run"), help="results folder (%(default)s)"
+    )
+    prune.add_argument("--resume", action="store_true", help="continue the run in --out")
+    prune.add_argument("--quiet", action="store_true", help="show no progress")
+    prune.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    return parser
+
+
+def _info(options: argparse.Namespace) -> int:
+    info = build_info()
+    if options.json:
+        print(json.dumps(info, indent=1))
+    else:
+        print("\n".join(info_lines(info)))
+    return 0
+
+
+def info_lines(info: dict[str, Any]) -> list[str]:
+    """Returns what ``orthoreg info`` prints of :func:`orthoreg_ext.build_info`."""
+    cpu, cuda, torch = info["cpu"], info["cuda"], info["torch"]
+    compiled = "yes" if info["compiled"]["loaded"] else f"no: {info['compiled']['reason']}"
+    host = "yes" if info["host"]["loaded"] else f"no: {info['host']['reason']}"
+    gpu = ", ".join(cuda["devices"]) if cuda["usable"] else f"not used: {cuda['reason']}"
+    if cuda["compiled"]:
+        built = f"toolkit {cuda['toolkit']}, architectures {' '.join(cuda['architectures'])}"
+    else:
+        built = "no"
+    levels = f" (built: {', '.join(cpu['levels'])})" if cpu["levels"] else ""
+    return [
+        f"orthoreg_ext        {info['version']}",
+        f"python              {info['python']}",
+        f"torch               {torch['version']}, CUDA {torch['cuda'] or 'none'}",
+        f"compiled operators  {compiled}",
+        f"host module         {host}",
+        f"compiler            {info['compiler'] or 'none'}",
+        f"CPU runs            {cpu['runs']}{levels}",
+        f"CUDA kernels        {built}",
+        f"GPU                 {gpu}",
+        f"backend             {info['backend']}",
+    ]
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from .experiment import run
+    from .experiment.progress import print_result, showing
+    from .experiment.record import summary
+
+    given = {
+        name: getattr(options, name)
+        for name in options.settings
+        if getattr(options, name) is not None
+    }
+    progress: TextIO = sys.stderr if options.json else sys.stdout
+    screen = functools.partial(showing, stream=progress, quiet=options.quiet)
+    result = run(given, options.out, resume=options.resume, screen=screen)
+    if options.json:
+        print(json.dumps({"out": str(options.out), **summary(result)}, indent=1))
+    else:
+        print_result(result, sys.stdout)
+        print(f"report: {options.out / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import orthoreg_ext as ox
+from orthoreg_ext import cli
+
+TINY = [
+    *("--ratio=0.5", "--seeds=1", "--epochs=1", "--finetune-epochs=1"),
+    *("--threads=1", "--device=cpu"),
+]
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1
+    assert "Traceback" not in text
+    return text
+
+
+def test_info_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out
+    info = ox.build_info()
+    assert info["torch"]["version"] in lines
+    assert f"CPU runs            {info['cpu']['runs']}" in lines
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == info
+
+
+def test_info_says_why_not() -> None:
+    info = ox.build_info()
+    info["compiled"] = {"loaded": False, "reason": "no compiler was there"}
+    info["cuda"] |= {"usable": False, "reason": "no GPU is visible", "compiled": False}
+    text = "\n".join(cli.info_lines(info))
+    assert "compiled operators  no: no compiler was there" in text
+    assert "GPU                 not used: no GPU is visible" in text
+
+
+def test_info_needs_no_optional_package() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('rich', 'matplotlib', 'sklearn', 'PIL', 'safetensors', 'torch_pruning'):\n"
+        "    sys.modules[name] = None\n"
+        "from orthoreg_ext.cli import main\n"
+        "assert main(['info']) == 0\n"
+        "sys.exit(main(['prune', '--out', 'never-made']))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "pip install orthoreg_ext[demo]" in one_line(done.stderr)
+
+
+def test_a_whole_run_from_the_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    out = tmp_path / "out"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "orthoreg_ext.cli", "prune", "--out", str(out), *TINY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert sum("regularised  train 1/1" in line for line in lines) == 1
+    assert sum("twin         tune 1/1" in line for line in lines) == 1
+    assert sum(line.startswith(("[yes] ", "[NO ] ")) for line in lines) == 3
+    assert lines[-1] == f"report: {out / 'report.html'}"
+    assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+    again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
+    table = done.stdout[done.stdout.index("vgg on digits") :]
+    assert again.stdout.strip() == table.strip()
+
+    done = subprocess.run(
+        [*command, "--resume", "--json"], env=environment, capture_output=True, text=True
+    )
+    result = json.loads(done.stdout)
+    assert len(result["verdicts"]) == 3
+    assert result["table"][0]["what"] == "accuracy before the cut, %"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--ratio", "1.5"], "--ratio is 1.5; expected a number between 0 and 1"),
+        (["--ratio", "half"], "argument --ratio: invalid float value: 'half'"),
+        (["--data", "digit"], "unknown data 'digit'; did you mean 'digits'"),
+        (["--model", "resnt"], "unknown model 'resnt'; did you mean 'resnet'"),
+        (["--criterion", "l3"], "unknown --criterion 'l3'"),
+        (["--penalty", "ortho"], "unknown --penalty 'ortho'; did you mean 'orthoreg'"),
+        (["--image-size", "2"], "cannot read images of 1 x 2 x 2"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch"),
+    ],
+)
+def test_bad_input_is_one_line(
+    options: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    try:
+        code = cli.main(["prune", "--out", str(out), *options])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    error = one_line(capsys.readouterr().err)
+    assert text in error
+    assert error.startswith(("orthoreg prune: error: ", "orthoreg: error: "))
+    assert not out.exists()
+
+
+def test_ctrl_c_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("orthoreg_ext.experiment.job.train_epoch", _interrupt)
+    assert cli.main(["prune", "--out", str(tmp_path / "out"), *TINY]) == 130
+    assert "the same command with --resume continues" in capsys.readouterr().err
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_divergence_is_a_failure_not_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["prune", "--out", str(tmp_path / "out"), *TINY, "--lr", "1e30"]) == 1
+    assert "lower --lr or --strength" in one_line(capsys.readouterr().err)
+
+
+def test_a_missing_package_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.import_module
+
+    def missing(name: str, *rest: str) -> object:
+        if name.startswith("sklearn"):
+            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    assert cli.main(["prune", "--out", str(tmp_path / "out"), *TINY]) == 2
+    error = one_line(capsys.readouterr().err)
+    assert "sklearn is not installed; install it with: pip install orthoreg_ext[demo]" in error
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_live_bar_and_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert cli.main(["prune", "--out", str(tmp_path / "out"), *TINY]) == 0
+    text = terminal.getvalue()
+    assert "\x1b[" in text
+    assert "cut by fisher: 442 -> 226 filters" in text
+    assert "multiply-accumulates" in text

@@ -1,0 +1,245 @@
+"""The operators as PyTorch sees them: opcheck, gradcheck, torch.compile, launches, plans."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import orthoreg_ext as ox
+import orthoreg_ext.functional as F
+from orthoreg_ext.build_info import compiled
+from orthoreg_ext.penalties import PENALTIES
+from tests.conftest import SANITIZED, Target
+
+pytestmark = pytest.mark.skipif(SANITIZED, reason="autograd machinery, not kernels")
+NAMES = sorted(PENALTIES)
+
+
+def layers(target: Target, dtype: torch.dtype = torch.float64, requires_grad: bool = True):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        made = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return made.to(target.device, dtype)
+
+    weights = [
+        normal(3, 4),
+        normal(4, 2, 3, 1).contiguous(memory_format=torch.channels_last),
+        normal(6, 2),
+    ]
+    biases = [normal(3), normal(0), normal(6)]
+    for tensor in (*weights, biases[0], biases[2]):
+        tensor.requires_grad_(requires_grad)
+    return weights, biases, [1, 1, 3]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(target: Target, requires_grad: bool) -> None:
+    weights, biases, groups = layers(target, torch.float32, requires_grad)
+    columns, offsets = [0, 1, 0], [0.0, 1.0, 2.0]
+    ops = target.namespace
+    check = torch.library.opcheck
+    check(ops.gram.default, (weights, biases, groups, columns))
+    for name in NAMES:
+        check(ops.gram_penalty.default, (weights, biases, groups, columns, offsets, name))
+    slopes = ops.gram_penalty(weights, biases, groups, columns, offsets, "so")[1].detach()
+    coefficients = torch.ones(3, device=target.device, requires_grad=requires_grad)
+    check(
+        ops.gram_penalty_grad.default,
+        (weights, biases, slopes, coefficients, groups, columns, "so"),
+    )
+    plain = [w.detach() for w in weights], [b.detach() for b in biases]
+    grads = [torch.zeros_like(t) for t in plain[0]], [torch.zeros_like(t) for t in plain[1]]
+    check(
+        ops.add_gram_penalty_grad_.default,
+        (*plain, *grads, coefficients.detach(), groups, columns, offsets, "so"),
+    )
+    check(ops.filter_scores.default, (*(plain[0], grads[0], plain[1], grads[1]), groups, 0, ["l1", "fisher"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("side", ["rows", "cols"])
+def test_gradients_of_first_and_second_order(target: Target, name: str, side: str) -> None:
+    weights, biases, groups = layers(target)
+    inputs = [*weights, biases[0], biases[2]]
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=target.device)
+
+    def value(a, b, c, bias_a, bias_c, coefficients):
+        return F.gram_penalty(
+            [a, b, c],
+            name,
+            side=side,
+            biases=[bias_a, None, bias_c],
+            groups=groups,
+            coefficients=coefficients,
+        )
+
+    arguments = (*inputs, factors.requires_grad_())
+    assert gradcheck(value, arguments)
+    assert gradgradcheck(value, arguments)
+
+
+@pytest.mark.parametrize("side", ["rows", "cols"])
+def test_gradients_of_the_gram_matrix(target: Target, side: str) -> None:
+    weights, biases, groups = layers(target)
+
+    def value(a, b, c, bias):
+        return tuple(F.gram([a, b, c], side, biases=[bias, None, None], groups=groups))
+
+    assert gradcheck(value, (*weights, biases[0]))
+    assert gradgradcheck(value, (*weights, biases[0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_second_order_gradients_equal_the_reference(target: Target, name: str) -> None:
+    found = []
+    for backend in (target.name, "reference"):
+        weights, _, groups = layers(target)
+        with ox.backend(backend):
+            value = F.gram_penalty(weights, name, groups=groups).sum()
+            first = torch.autograd.grad(value, weights, create_graph=True)
+            norm = sum(g.square().sum() for g in first)
+            second = torch.autograd.grad(norm, weights, create_graph=True)
+            third = torch.autograd.grad(sum(g.square().sum() for g in second), weights)
+        found.append((*first, *second, *third))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compiles_into_one_graph(target: Target, engine: str) -> None:
+    if engine == "inductor" and target.name != "cpu":
+        pytest.skip("one target is enough: inductor treats the operators as opaque")
+    weights, biases, groups = layers(target, torch.float32)
+
+    def term(weights, bias):
+        values = F.gram_penalty(weights, "so", biases=[bias, None, None], groups=groups)
+        return values.sum() * 0.5
+
+    torch._dynamo.reset()
+    graph = torch.compile(term, fullgraph=True, backend=engine)
+    inputs = [*weights, biases[0]]
+    got = graph(weights, biases[0])
+    want = term(weights, biases[0])
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    scores = torch.compile(
+        lambda w: F.filter_scores(w, criteria=("l1", "l2"))["l2"], fullgraph=True, backend=engine
+    )
+    torch.testing.assert_close(
+        scores([w.detach() for w in weights]), [w.detach().flatten(1).norm(dim=1) for w in weights]
+    )
+
+
+def test_vmap_is_refused(target: Target) -> None:
+    weight = torch.randn(2, 3, 4, device=target.device)
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(lambda w: F.gram_penalty([w]))(weight)
+
+
+def resnet_like(device: torch.device) -> list[torch.Tensor]:
+    """The weights of 54 layers, small."""
+    shapes = [(8, 3, 3, 3)] + [(8, 8, 3, 3), (8, 8, 1, 1)] * 26 + [(10, 8)]
+    return [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+
+
+@pytest.fixture
+def launches(emulator: str):
+    """Counts the emulator's kernel launches."""
+    from tests.emu import launches as counter
+
+    with ox.backend(emulator):
+        yield counter
+
+
+def test_54_layers_take_at_most_four_launches(launches) -> None:
+    weights = resnet_like(torch.device("cpu"))
+    assert len(weights) == 54
+    launches.reset()
+    values = F.gram_penalty(weights, "orthoreg")
+    torch.autograd.grad(values.sum(), weights)
+    assert launches.count() == 3, launches.names()
+    launches.reset()
+    F.add_gram_penalty_grad_(weights, "so", strength=1)
+    assert launches.count() == 3, launches.names()
+
+
+def test_54_layers_take_at_most_two_launches_for_all_scores(launches) -> None:
+    weights = [w.detach() for w in resnet_like(torch.device("cpu"))]
+    for dim in (0, 1):
+        launches.reset()
+        F.filter_scores(weights, weights, ("l1", "l2", "taylor", "fisher", "taylor_sq"), dim=dim)
+        assert launches.count() == 1, launches.names()
+
+
+@pytest.mark.skipif(not compiled, reason="needs the compiled modules")
+def test_plan_numbers_the_tiles_of_every_layer() -> None:
+    from orthoreg_ext import _host
+
+    shapes = [(1, 65, 300, False), (4, 10, 9, True), (2, 64, 64, False)]
+    ((first, last, blocks),) = _host.build_plan(shapes)
+    assert (first, last, blocks.tolist()) == (0, 3, [0, 3, 7, 9])
+    ((_, _, blocks),) = _host.build_plan(shapes, kernel="grad")
+    assert blocks.tolist() == [0, 10, 14, 16]
+    many = _host.build_plan([(1, 1, 1, False)] * (2 * _host.LAYERS_PER_LAUNCH + 1))
+    assert [(f, e) for f, e, _ in many] == [
+        (0, _host.LAYERS_PER_LAUNCH),
+        (_host.LAYERS_PER_LAUNCH, 2 * _host.LAYERS_PER_LAUNCH),
+        (2 * _host.LAYERS_PER_LAUNCH, 2 * _host.LAYERS_PER_LAUNCH + 1),
+    ]
+    with pytest.raises(ValueError, match="unknown kernel 'x'"):
+        _host.build_plan(shapes, kernel="x")
+
+
+LEVELS = """
+import torch, orthoreg_ext as ox, orthoreg_ext.functional as F
+torch.manual_seed(0)
+for n, k in ((1, 1), (5, 300), (33, 70), (97, 41), (130, 9)):
+    w = torch.randn(n, k, dtype=torch.float64)
+    for name in ("orthoreg", "so", "offdiag"):
+        for weight, tolerance in ((w, 1e-12), (w.float(), 1e-6)):
+            weight = weight.clone().requires_grad_()
+            oracle = weight.detach().double().requires_grad_()
+            value = F.gram_penalty([weight], name).sum()
+            with ox.backend("reference"):
+                want = F.gram_penalty([oracle], name).sum()
+            value.backward(), want.backward()
+            assert abs(value - want) <= tolerance * want, (n, k, name)
+            assert (weight.grad - oracle.grad).norm() <= tolerance * oracle.grad.norm(), (n, k, name)
+print(torch.ops.orthoreg._cpu_level())
+"""
+
+
+@pytest.mark.skipif(not compiled, reason="needs the compiled modules")
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+def test_every_instruction_set_agrees(level: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEVELS],
+        env={**os.environ, "ORTHOREG_EXT_CPU": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "does not have these instructions" in done.stderr:
+        pytest.skip(f"this processor has no {level}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == level
+
+
+@pytest.mark.skipif(not compiled, reason="needs the compiled modules")
+def test_unknown_instruction_set_names_the_valid_ones() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEVELS],
+        env={**os.environ, "ORTHOREG_EXT_CPU": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "ORTHOREG_EXT_CPU=mmx is unknown; valid:" in done.stderr
