@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,28 @@ def test_ctrl_c_says_how_to_continue(
     assert "the same command with --resume continues" in capsys.readouterr().err
 
 
+def test_a_real_ctrl_c_can_be_continued(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "orthoreg_ext.cli", "prune", "--out", str(out), *TINY]
+    process = subprocess.Popen(
+        [*command, "--epochs=1000"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()  # the first epoch is done
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.strip() == (
+        "orthoreg prune: interrupted; the same command with --resume continues"
+    )
+    assert (out / "state.safetensors").exists()
+
+
 def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
@@ -167,4 +190,4 @@ def test_a_terminal_gets_a_live_bar_and_a_table(
     text = terminal.getvalue()
     assert "\x1b[" in text
     assert "cut by fisher: 442 -> 226 filters" in text
-    assert "multiply-accumulates" in text
+    assert "MACs of one image" in text

@@ -152,30 +152,33 @@ def resnet_like(device: torch.device) -> list[torch.Tensor]:
 @pytest.fixture
 def launches(emulator: str):
     """Counts the emulator's kernel launches."""
-    from tests.emu import launches as counter
+    from tests.emu.build import build_project
+    from tests.emu.kernels import Launches
 
     with ox.backend(emulator):
-        yield counter
+        yield Launches(build_project())
 
 
 def test_54_layers_take_at_most_four_launches(launches) -> None:
     weights = resnet_like(torch.device("cpu"))
     assert len(weights) == 54
-    launches.reset()
-    values = F.gram_penalty(weights, "orthoreg")
-    torch.autograd.grad(values.sum(), weights)
-    assert launches.count() == 3, launches.names()
-    launches.reset()
-    F.add_gram_penalty_grad_(weights, "so", strength=1)
-    assert launches.count() == 3, launches.names()
+    with launches.counted() as names:
+        values = F.gram_penalty(weights, "orthoreg")
+        torch.autograd.grad(values.sum(), weights)
+    assert len(names) == 3, names
+    with launches.counted() as names:
+        F.add_gram_penalty_grad_(weights, "so", strength=1)
+    assert len(names) == 3, names
 
 
 def test_54_layers_take_at_most_two_launches_for_all_scores(launches) -> None:
     weights = [w.detach() for w in resnet_like(torch.device("cpu"))]
     for dim in (0, 1):
-        launches.reset()
-        F.filter_scores(weights, weights, ("l1", "l2", "taylor", "fisher", "taylor_sq"), dim=dim)
-        assert launches.count() == 1, launches.names()
+        with launches.counted() as names:
+            F.filter_scores(
+                weights, weights, ("l1", "l2", "taylor", "fisher", "taylor_sq"), dim=dim
+            )
+        assert len(names) == 1, names
 
 
 @pytest.mark.skipif(not compiled, reason="needs the compiled modules")

@@ -117,7 +117,7 @@ def test_the_table_holds_the_medians() -> None:
     rows = {row[0]: row[1:] for row in table(finished([98.0, 91.0, 97.0], [96.0, 97.0, 90.0]))}
     assert rows["accuracy fine-tuned, %"] == ("97.00", "96.00")
     assert rows["filters"] == ("90 -> 30", "90 -> 30")
-    assert rows["parameters"] == ("12,345 -> 2,345",) * 2
+    assert rows["parameters"] == ("12.3 k -> 2345",) * 2
     assert rows["latency, batch 1, ms"] == ("3.125 -> 1.500", "3.125 -> 1.250")
 
 

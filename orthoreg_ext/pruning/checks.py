@@ -1,0 +1,186 @@
+"""What `prune` accepts; every refusal comes before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from ..errors import unknown_name
+from .units import Structure
+
+
+def check_model(model: object, argument: str = "model") -> nn.Module:
+    """Refuses wrappers and sharded parameters, whose parameters cannot be replaced.
+
+    Raises:
+        TypeError: no module, a wrapper, or DTensor parameters; says what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument} is {type(model).__name__}, expected a torch.nn.Module")
+    kind = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(
+            f"{argument} is wrapped in {kind}: pass {argument}.module on every rank (same data, "
+            "same seed), and wrap the pruned model again"
+        )
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise TypeError(
+            f"{argument} is compiled: pass the module you compiled, and compile it again"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{argument} is a TorchScript module: prune the Python module, then script it"
+        )
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise TypeError(f"{argument}: {name!r} is sharded (DTensor); prune before sharding")
+    return model
+
+
+def layer_names(model: nn.Module, ignored: Iterable[str | nn.Module]) -> set[str]:
+    """Resolves ignored layers to names; a container stands for everything inside.
+
+    Raises:
+        ValueError: an unknown name (with the nearest valid one) or a module of another model.
+        TypeError: neither a name nor a module.
+    """
+    if isinstance(ignored, (str, nn.Module)):
+        raise TypeError("ignored must be a sequence of names or modules; put the one in a list")
+    modules = dict(model.named_modules())
+    names_of = {module: name for name, module in modules.items()}
+    found: set[str] = set()
+    for entry in ignored:
+        if isinstance(entry, nn.Module):
+            if entry not in names_of:
+                raise ValueError(
+                    f"ignored: {type(entry).__name__} is not a module of this model; pass its name "
+                    "or the module itself (not one of a copy)"
+                )
+            name = names_of[entry]
+        elif isinstance(entry, str):
+            if entry not in modules or not entry:
+                raise unknown_name("layer in ignored", entry, [n for n in modules if n])
+            name = entry
+        else:
+            raise TypeError(f"ignored: {entry!r} is neither a layer name nor a module")
+        inside = f"{name}." if name else ""
+        found |= {name} | {other for other in modules if other.startswith(inside)}
+    return found
+
+
+def keep_frozen(model: nn.Module, structure: Structure) -> None:
+    """Marks groups of which every filter layer is frozen; they are not pruned."""
+    for group in structure.prunable:
+        layers = [model.get_submodule(name) for name in group.layers]
+        if not any(p.requires_grad for layer in layers for p in layer.parameters(recurse=False)):
+            group.reason = "every layer is frozen (requires_grad=False)"
+
+
+def require_prunable(structure: Structure) -> None:
+    """Refuses a model in which nothing can be pruned.
+
+    Raises:
+        ValueError: listing every layer with the reason.
+    """
+    if structure.prunable:
+        return
+    reasons = [f"{', '.join(group.layers)}: {group.reason}" for group in structure.groups]
+    reasons += [f"{name}: not reached by the forward pass" for name in structure.unreached]
+    listing = "; ".join(reasons) or "it has no convolution or linear layer"
+    raise ValueError(f"no layer of this model can be pruned. {listing}")
+
+
+def refuse_reparametrized(model: nn.Module, structure: Structure) -> None:
+    """Refuses to prune layers whose weights are computed from others.
+
+    Raises:
+        ValueError: naming the layer and the function that makes its weights plain again.
+    """
+    units = torch.cat([group.units for group in structure.prunable])
+    for slot in structure.slots:
+        if not torch.isin(slot.units, units).any():
+            continue
+        module = model.get_submodule(slot.owner)
+        if isinstance(module, parametrize.ParametrizationList):
+            owner = slot.owner.rpartition(".parametrizations.")
+            raise _reparametrized(owner[0], owner[2])
+        for place in slot.layout.places:
+            if parametrize.is_parametrized(module, place.tensor):
+                raise _reparametrized(slot.layer, place.tensor)
+            tensor = getattr(module, place.tensor)
+            plain = place.tensor in module._parameters or place.tensor in module._buffers
+            if tensor is not None and not plain:
+                raise ValueError(
+                    f"layer {slot.layer!r}: {place.tensor!r} is computed from other tensors "
+                    "(torch.nn.utils.weight_norm, spectral_norm or prune), which cannot follow a "
+                    "removal; call remove_weight_norm, remove_spectral_norm or prune.remove on it "
+                    "first, or list the layer in ignored"
+                )
+
+
+def _reparametrized(layer: str, tensor: str) -> ValueError:
+    return ValueError(
+        f"layer {layer!r}: {tensor!r} is parametrized, and a parametrization cannot follow the "
+        f"removal of channels; call torch.nn.utils.parametrize.remove_parametrizations(layer, "
+        f"{tensor!r}) first and register it again afterwards, or list the layer in ignored"
+    )
+
+
+def optimizer_list(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """One optimizer, several or none, as a list.
+
+    Raises:
+        TypeError: something else.
+    """
+    if optimizer is None:
+        return []
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for entry in optimizers:
+        if not isinstance(entry, Optimizer):
+            raise TypeError(
+                f"optimizer is {type(entry).__name__}, expected a torch.optim.Optimizer"
+            )
+    return optimizers
+
+
+def check_copy(model: nn.Module, ema: nn.Module) -> nn.Module:
+    """Returns the averaged copy of a model (unwrapping AveragedModel), if it has its structure.
+
+    Raises:
+        ValueError: it has other names or shapes.
+    """
+    copy = check_model(ema, "ema")
+    if isinstance(copy, torch.optim.swa_utils.AveragedModel):
+        copy = copy.module
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    others = {name: tuple(t.shape) for name, t in copy.state_dict().items()}
+    if shapes != others:
+        name = min(n for n in shapes.keys() | others.keys() if shapes.get(n) != others.get(n))
+        raise ValueError(
+            f"ema is not a copy of the model: {name!r} is {others.get(name, 'missing')} there and "
+            f"{shapes.get(name, 'missing')} here"
+        )
+    return copy
+
+
+def check_unchanged(model: nn.Module, structure: Structure) -> None:
+    """Refuses a model whose layers changed shape since they were traced (between rounds).
+
+    Raises:
+        RuntimeError: naming the layer.
+    """
+    for slot in structure.slots:
+        module = model.get_submodule(slot.owner)
+        for place in slot.layout.places:
+            tensor = getattr(module, place.tensor)
+            expected = len(slot.units) // place.groups
+            if tensor is not None and tensor.shape[place.dim] != expected:
+                raise RuntimeError(
+                    f"layer {slot.layer!r}: {place.tensor!r} has {tensor.shape[place.dim]} "
+                    f"channels, expected {expected}; between_rounds must not change the shape of a "
+                    "layer"
+                )

@@ -1,0 +1,145 @@
+"""What a prune did: history, sizes, widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint
+from .counts import Counts, widths
+from .units import Structure
+
+
+@dataclass(frozen=True)
+class LayerWidth:
+    """The filters of one layer."""
+
+    name: str
+    before: int
+    after: int
+    reason: str = ""  # why it was not pruned, if it could not be
+
+
+@dataclass
+class PruneResult:
+    """What :func:`prune` did.
+
+    Attributes:
+        history: one entry a round and layer, ready for JSON: ``{"round": 1, "layer": "conv1",
+            "removed": [3, 17], "filters": 14}``; indices count the filters of the unpruned layer,
+            ``filters`` those left after that round. Inputs, BatchNorms and everything else that
+            follows is implied by the dependency graph.
+        before: sizes of the model before.
+        after: sizes after the last round.
+        layers: every convolution and linear layer with its width before and after, and the reason
+            for those that had to stay.
+        settings: criterion, ratio, scope and so on.
+        architecture: fingerprint of the unpruned model (names and shapes of its state).
+        model: the pruned model itself.
+    """
+
+    history: list[dict[str, Any]]
+    before: Counts
+    after: Counts
+    layers: list[LayerWidth]
+    settings: dict[str, Any]
+    architecture: str
+    model: nn.Module = field(repr=False)
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes `history.json` and `weights.safetensors`, the weights as they are now.
+
+        So call it after fine-tuning. Each file appears complete or not at all.
+
+        Args:
+            directory: made if it is missing.
+            overwrite: replace a checkpoint that is there; other files are left alone.
+
+        Returns:
+            the directory.
+
+        Raises:
+            FileExistsError: the directory has files and overwrite is false.
+            OSError: the disk is full, or the like; what was there is still there.
+            ValueError: the model's shapes are no longer those of this result.
+        """
+        return checkpoint.save(self.model, self.document(), Path(directory), overwrite=overwrite)
+
+    def document(self) -> dict[str, Any]:
+        """Everything that `history.json` holds about the cut."""
+        sizes = {"before": vars(self.before), "after": vars(self.after)}
+        return {
+            "architecture": self.architecture,
+            "settings": self.settings,
+            "sizes": sizes,
+            "history": self.history,
+            "widths": {layer.name: layer.after for layer in self.layers},
+        }
+
+    def table(self) -> str:
+        """A plain-text table of the widths, with the totals."""
+        width = max([len(layer.name) for layer in self.layers] + [10])
+        lines = [f"{'layer':<{width}}  {'before':>10}  {'after':>10}  {'removed':>8}"]
+        for row in self.layers:
+            gone = 1 - row.after / row.before
+            note = f"  ({row.reason})" if row.reason else ""
+            lines.append(
+                f"{row.name:<{width}}  {row.before:>10}  {row.after:>10}  {gone:>8.1%}{note}"
+            )
+        for name in ("filters", "params", "macs"):
+            old, new = getattr(self.before, name), getattr(self.after, name)
+            gone = 1 - new / old if old else 0.0
+            lines.append(f"{name:<{width}}  {old:>10}  {new:>10}  {gone:>8.1%}")
+        return "\n".join(lines)
+
+
+class RoundError(RuntimeError):
+    """A later round failed: the model is as the last complete round (and its training) left it.
+
+    Attributes:
+        result: what was done up to there.
+    """
+
+    def __init__(self, message: str, result: PruneResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def layer_widths(
+    model: nn.Module, structure: Structure, before: dict[str, int]
+) -> list[LayerWidth]:
+    """The width of every filter layer before and after."""
+    reasons = dict.fromkeys(structure.unreached, "not reached by the forward pass")
+    for group in structure.groups:
+        reasons.update((name, group.reason) for name in group.layers if group.reason)
+    return [
+        LayerWidth(name, before[name], after, reasons.get(name, ""))
+        for name, after in widths(model).items()
+    ]
+
+
+def records(structure: Structure, removed: torch.Tensor, number: int) -> list[dict[str, Any]]:
+    """The history of one round, before its units are forgotten.
+
+    Args:
+        structure: the units still there.
+        removed: units, [r] int64.
+        number: the round, from 1.
+    """
+    entries = []
+    for slot in structure.slots:
+        if slot.has_filters and torch.isin(slot.units, removed).any():
+            gone = torch.isin(slot.units, removed)
+            entries.append(
+                {
+                    "round": number,
+                    "layer": slot.layer,
+                    "removed": slot.channels[gone].tolist(),
+                    "filters": int((~gone).sum()),
+                }
+            )
+    return entries

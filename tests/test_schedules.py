@@ -1,0 +1,72 @@
+"""The emulated kernels give the same bits in whatever order blocks and warps run.
+
+This file is also what runs under AddressSanitizer and ThreadSanitizer:
+``python -m tests.emu.sanitize thread tests/test_schedules.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import orthoreg_ext as ox
+import orthoreg_ext.functional as F
+from orthoreg_ext.penalties import PENALTIES
+from orthoreg_ext.reference import SCORES
+from tests.conftest import Layers, random_layers, relative_error
+
+SCHEDULES = ("up", "down", "7")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def layers_of(dtype: torch.dtype) -> Layers:
+    """Ragged edges, several tiles, groups, biases, one filter, one entry."""
+    layers = random_layers(3, torch.device("cpu"), dtype, count=4, largest=40, budget=10_000)
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((70, 5), (1, 1), (6, 3, 3, 3), (3, 67)):
+        weight = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        layers.weights.append(weight)
+        layers.biases.append(torch.ones(shape[0], dtype=dtype, requires_grad=True))
+        layers.groups.append(3 if shape[0] % 3 == 0 else 1)
+    return layers
+
+
+def all_results(layers: Layers) -> list[Tensor]:
+    """Everything that the kernels compute, for all penalties, sides and dimensions."""
+    results: list[Tensor] = []
+    for name in PENALTIES:
+        for side in ("rows", "cols"):
+            value = F.gram_penalty(penalty=name, side=side, **layers.arguments())
+            results += [value, *torch.autograd.grad(value.sum(), layers.parameters())]
+    for parameter in layers.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    results.append(F.add_gram_penalty_grad_(strength=0.5, **layers.arguments()))
+    results += [parameter.grad.clone() for parameter in layers.parameters()]
+    results += F.gram(side="small", **layers.arguments())
+    weights = [w.detach() for w in layers.weights]
+    grads = [torch.cos(w) for w in weights]
+    for dim in (0, 1):
+        for scores in F.filter_scores(weights, grads, tuple(SCORES), dim=dim).values():
+            results += scores
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_schedule_gives_the_same_bits(
+    emulator: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    layers = layers_of(dtype)
+    runs = []
+    for schedule in SCHEDULES:
+        monkeypatch.setenv("CUDA_EMU_ORDER", schedule)
+        with ox.backend(emulator):
+            runs.append(all_results(layers))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+    with ox.backend("reference"):
+        want = all_results(layers.double())
+    rounding = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 1e-12}.get(dtype, 1e-5)
+    for got, expected in zip(runs[0], want, strict=True):
+        # gradients are stored in the weights' precision, scores are taken of rounded cosines
+        assert relative_error(got, expected) <= 4 * rounding
