@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         ("batch-size", int, "images a step (64)"),
         ("lr", float, "learning rate of the training (0.1)"),
         ("finetune-lr", float, "learning rate of the fine-tuning (0.05)"),
-        ("max-layer-ratio", float, "no layer loses a larger share of its filters (0.9)"),
+        ("max-layer-ratio", float, "no cut takes a larger share of a layer (0.9)"),
         ("image-size", int, "resize images to this side"),
         ("device", str, "auto (default), cpu or cuda"),
         ("threads", int, "CPU threads (1)"),

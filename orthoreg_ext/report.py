@@ -57,7 +57,7 @@ def report_html(
         f"largest output (at most {run.export['tolerance']:g} is accepted)",
         **run.versions,
     }
-    seeds = f"medians over seeds {settings.seeds_used()}"
+    seeds = f"medians over seeds {', '.join(map(str, settings.seeds_used()))}"
     if settings.seeds == 1:
         seeds = f"those of seed {settings.seed}"
     return f"""<!DOCTYPE html>

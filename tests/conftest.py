@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,9 +13,6 @@ import orthoreg_ext as ox
 from orthoreg_ext import ops
 from orthoreg_ext.backend import BACKENDS, Backend
 from orthoreg_ext.build_info import compiled, reason
-
-# Under a sanitizer only the emulated kernels are of interest, and every test is many times slower.
-SANITIZED = bool(os.environ.get("ORTHOREG_EMU_SANITIZE"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,7 +60,7 @@ def _target(name: str, request: pytest.FixtureRequest) -> Target:
     return Target("cpu", torch.device("cpu"), 1e-6)
 
 
-_TARGETS = ["emulated"] if SANITIZED else ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+_TARGETS = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=_TARGETS)

@@ -8,11 +8,11 @@ import torch
 import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.penalties import PENALTIES
-from tests.conftest import SANITIZED, Layers, Target, random_layers, relative_error
+from tests.conftest import Layers, Target, random_layers, relative_error
 
 NAMES = sorted(PENALTIES)
 SIDES = ("rows", "cols", "small")
-CASES = 4 if SANITIZED else 60
+CASES = 500
 
 
 def released(weight: torch.Tensor, bias: torch.Tensor | None, columns: bool) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_hand_computed(target: Target, name, w, rows, cols, grad) -> None:
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_random_layers_agree_with_the_reference_in_float64(target: Target, seed: int) -> None:
-    layers = random_layers(seed, target.device, budget=20_000 if SANITIZED else 300_000)
+    layers = random_layers(seed, target.device, budget=100_000)
     oracle = layers.double()
     name, side = NAMES[seed % 3], SIDES[seed // 3 % 3]
     coefficients = torch.rand(len(layers.weights), generator=torch.Generator().manual_seed(seed))
@@ -69,7 +69,7 @@ def test_random_layers_agree_with_the_reference_in_float64(target: Target, seed:
         assert relative_error(parameter.grad, 0.5 * expected) <= target.tolerance, f"seed {seed}"
 
 
-@pytest.mark.parametrize("seed", range(CASES // 4))
+@pytest.mark.parametrize("seed", range(30))
 def test_mixed_precisions_in_one_call(target: Target, seed: int) -> None:
     layers = random_layers(1000 + seed, target.device, None, budget=50_000)
     oracle, name = layers.double(), NAMES[seed % 3]
@@ -86,7 +86,7 @@ def test_mixed_precisions_in_one_call(target: Target, seed: int) -> None:
         assert relative_error(got, expected) <= tolerance, f"seed {seed} {got.dtype}"
 
 
-@pytest.mark.parametrize("seed", range(CASES // 2))
+@pytest.mark.parametrize("seed", range(30))
 def test_orthoreg_is_the_released_formula(target: Target, seed: int) -> None:
     layers = random_layers(2000 + seed, target.device, torch.float64, count=3, budget=30_000)
     layers.groups = [1] * 3

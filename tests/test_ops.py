@@ -14,9 +14,8 @@ import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.build_info import compiled
 from orthoreg_ext.penalties import PENALTIES
-from tests.conftest import SANITIZED, Target
+from tests.conftest import Target
 
-pytestmark = pytest.mark.skipif(SANITIZED, reason="autograd machinery, not kernels")
 NAMES = sorted(PENALTIES)
 
 

@@ -42,17 +42,13 @@ __global__ void __launch_bounds__(kThreads)
     }
   };
   T sum[kPerThread][kPerThread] = {};
-  if (p.columns) {
-    tile_product(
-        slabs, p.n, /*a_along_inner=*/false, /*b_along_inner=*/false,
-        [&](int i, int q) { return entry<T>(p, group, q, row + i); },
-        [&](int q, int j) { return entry<T>(p, group, q, column + j); }, add_squares, sum);
-  } else {
-    tile_product(
-        slabs, p.width, /*a_along_inner=*/true, /*b_along_inner=*/true,
-        [&](int i, int q) { return entry<T>(p, group, row + i, q); },
-        [&](int q, int j) { return entry<T>(p, group, column + j, q); }, add_squares, sum);
-  }
+  const auto along = [&](int i, int q) {  // entry q of row i of the factor whose Gram this is
+    return p.columns ? entry<T>(p, group, q, i) : entry<T>(p, group, i, q);
+  };
+  tile_product(
+      slabs, p.columns ? p.n : p.width, /*a_along_inner=*/!p.columns, /*b_along_inner=*/!p.columns,
+      [&](int i, int q) { return along(row + i, q); },
+      [&](int q, int j) { return along(column + j, q); }, add_squares, sum);
   if (on_diagonal) {
     if (threadIdx.x < kTile) diagonal[threadIdx.x] = square;
     __syncthreads();

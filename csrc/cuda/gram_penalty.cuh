@@ -26,20 +26,15 @@ __global__ void __launch_bounds__(kThreads)
   const auto slope = [&](int i, int j) {
     return i < m && j < m ? s[static_cast<int64_t>(i) * m + j] : T(0);
   };
-  const auto nothing = [](const Slabs<T>&) {};
 
   T sum[kPerThread][kPerThread] = {};
-  if (p.columns) {
-    tile_product(
-        slabs, m, /*a_along_inner=*/true, /*b_along_inner=*/false,
-        [&](int i, int q) { return entry<T>(p, group, row + i, q); },
-        [&](int q, int j) { return slope(q, column + j); }, nothing, sum);
-  } else {
-    tile_product(
-        slabs, m, /*a_along_inner=*/true, /*b_along_inner=*/false,
-        [&](int i, int q) { return slope(row + i, q); },
-        [&](int q, int j) { return entry<T>(p, group, q, column + j); }, nothing, sum);
-  }
+  tile_product(
+      slabs, m, /*a_along_inner=*/true, /*b_along_inner=*/false,
+      [&](int i, int q) { return p.columns ? entry<T>(p, group, row + i, q) : slope(row + i, q); },
+      [&](int q, int j) {
+        return p.columns ? slope(q, column + j) : entry<T>(p, group, q, column + j);
+      },
+      [](const Slabs<T>&) {}, sum);
 
   const T factor = 2 * coefficients[layer];
   const int tx = threadIdx.x % kAcross, ty = threadIdx.x / kAcross;

@@ -76,20 +76,20 @@ __device__ __forceinline__ void tile_product(Slabs<T>& slabs, int inner, bool a_
                                              T (&sum)[kPerThread][kPerThread]) {
   const int tx = threadIdx.x % kAcross, ty = threadIdx.x / kAcross;
   for (int start = 0; start < inner; start += kSlab) {
-#pragma unroll
+#pragma unroll 1
     for (int e = threadIdx.x; e < kSlab * kTile; e += kThreads) {
       const int p = a_along_inner ? e % kSlab : e / kTile;
       const int i = a_along_inner ? e / kSlab : e % kTile;
       slabs.a[p][i] = start + p < inner ? a(i, start + p) : T(0);
     }
-#pragma unroll
+#pragma unroll 1
     for (int e = threadIdx.x; e < kSlab * kTile; e += kThreads) {
       const int p = b_along_inner ? e % kSlab : e / kTile;
       const int j = b_along_inner ? e / kSlab : e % kTile;
       slabs.b[p][j] = start + p < inner ? b(start + p, j) : T(0);
     }
     __syncthreads();
-#pragma unroll
+#pragma unroll 4
     for (int p = 0; p < kSlab; ++p) {
       T left[kPerThread], right[kPerThread];
 #pragma unroll

@@ -1,0 +1,22 @@
+"""Optional packages, imported when they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def require(module: str) -> Any:
+    """Imports ``module`` of an optional package.
+
+    Raises:
+        ImportError: It is not installed; the text names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name.partition(".")[0]):
+            raise
+        raise ImportError(
+            f"{error.name} is not installed; install it with: pip install orthoreg_ext[demo]"
+        ) from error

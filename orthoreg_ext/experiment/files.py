@@ -1,0 +1,83 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file so that a crash at any moment leaves the old content or the new one.
+
+    Raises:
+        OSError: It cannot be written (no space, no permission); the old content is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"cannot write {str(path)!r} ({error.strerror}); what was stored before is intact: "
+            "make room or mend the folder, then continue with --resume",
+        ) from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, survives a power cut
+    finally:
+        os.close(folder)
+
+
+def check_folder(folder: Path, *, resume: bool, state_name: str) -> None:
+    """Checks that the output folder is new or empty, or holds a run that is to be continued.
+
+    Raises:
+        ValueError: It is no folder, holds something else, or a run that is not to be continued.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"--out {str(folder)!r} is a file; choose a folder")
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise ValueError(f"--out {str(folder)!r} is not writable; choose another folder")
+    entries = sorted(entry.name for entry in folder.iterdir() if not _is_leftover(entry))
+    if state_name in entries:
+        if not resume:
+            raise ValueError(
+                f"--out {str(folder)!r} exists and holds a run; continue it with --resume, or "
+                "choose another --out"
+            )
+    elif entries:
+        raise ValueError(
+            f"--out {str(folder)!r} exists, is not empty ({entries[0]!r}) and holds no run to "
+            "continue; choose another --out"
+        )
+
+
+def create_folder(folder: Path) -> None:
+    """Creates the output folder; removes what a process that was killed left half-written.
+
+    Raises:
+        OSError: It cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in folder.iterdir():
+            if _is_leftover(entry):
+                entry.unlink()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"--out {str(folder)!r} cannot be created ({error.strerror}); choose a folder you may "
+            "write",
+        ) from error
+
+
+def _is_leftover(entry: Path) -> bool:
+    name = entry.name  # of write_atomic, or of a checkpoint
+    return name.startswith(".orthoreg-") or (name.startswith(".") and name.endswith(".tmp"))

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from sklearn.datasets import load_digits
+
+import orthoreg_ext as ox
+from orthoreg_ext.experiment import Settings, run
+from orthoreg_ext.experiment.data import load_dataset
+from orthoreg_ext.experiment.job import extended, plan
+from orthoreg_ext.experiment.models import build_model
+from orthoreg_ext.experiment.outputs import OUTPUTS
+from orthoreg_ext.experiment.state import STATE_NAME, load_state
+from orthoreg_ext.experiment.train import DivergedError, accuracy
+
+
+def numbers(out: Path) -> dict[str, Any]:
+    """Everything of a history but what is measured with a clock."""
+    history = json.loads((out / "history.json").read_text())
+    history["run"].pop("latency")
+    history["table"] = [row for row in history["table"] if not row["what"].startswith("latency")]
+    return history
+
+
+def interrupting(steps: int):
+    """A screen that stops the run after so many steps."""
+
+    @contextmanager
+    def screen(total: int, done: int) -> Iterator[Any]:
+        left = iter(range(steps))
+
+        def show(line: str, keep: bool) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        yield show
+
+    return screen
+
+
+def test_the_plan_shares_the_epochs_among_the_rounds() -> None:
+    steps = plan(Settings(ratio=0.75, rounds=2, epochs=2, finetune_epochs=5))
+    kinds = [(s.stage, s.cut, s.epoch, s.epochs) for s in steps]
+    assert kinds == [
+        ("train", 0, 0, 2), ("train", 0, 1, 2),
+        ("cut", 0, 0, 0), ("tune", 1, 0, 2), ("tune", 1, 1, 2),
+        ("cut", 1, 0, 0), ("tune", 2, 0, 3), ("tune", 2, 1, 3), ("tune", 2, 2, 3),
+    ]  # fmt: skip
+    cuts = [step for step in steps if step.stage == "cut"]
+    assert [step.gone for step in cuts] == pytest.approx([0.6, 0.75])  # r = .6, .375
+
+
+def test_histories_of_several_cuts_count_the_first_networks_filters() -> None:
+    sizes = {"before": {}, "after": {}}
+    first = {
+        "history": [{"round": 1, "layer": "a", "removed": [0, 2], "filters": 3}],
+        "sizes": sizes,
+        "widths": {"a": 3},
+        "architecture": "x",
+    }
+    second = {
+        "history": [
+            {"round": 1, "layer": "a", "removed": [1], "filters": 2},
+            {"round": 1, "layer": "b", "removed": [3], "filters": 3},
+        ],
+        "sizes": sizes,
+        "widths": {"a": 2},
+        "architecture": "y",
+    }
+    joined = extended(first, second, 2)
+    assert [(e["round"], e["layer"], e["removed"]) for e in joined["history"]] == [
+        (1, "a", [0, 2]),
+        (2, "a", [3]),
+        (2, "b", [3]),
+    ]
+    assert joined["architecture"] == "x"
+    assert joined["widths"] == {"a": 2}
+
+
+def test_the_whole_job_and_its_files(tiny: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(tiny, out)
+    assert {path.name for path in out.iterdir()} == {*OUTPUTS, STATE_NAME}
+    own, twin = result.side(True), result.side(False)
+    assert [arm.seed for arm in own] == [arm.seed for arm in twin] == [0, 1]
+    assert own[0].last("train").penalty > 0
+    assert twin[0].last("train").penalty == 0
+    assert own[0].last("train").correlation < twin[0].last("train").correlation
+    for arm in result.arms:
+        assert [e.stage for e in arm.epochs] == ["train"] * 2 + ["tune"] * 3
+        assert (arm.cuts[0].before.filters, arm.cuts[-1].after.filters) == (30, 20)
+        assert arm.cuts[-1].after.macs < arm.cuts[0].before.macs
+    assert result.export["max_difference"] <= result.export["tolerance"]
+    assert result.latency.keys() == {"1", "64"}
+
+    # what was written is the network that was measured
+    data = load_dataset("digits")
+    x, _ = data.test.batch(slice(0, 5))
+    model = build_model(tiny["model"], num_classes=10, image_shape=(1, 8, 8), seed=7)
+    ox.pruning.replay(model, x, out).eval()
+    assert accuracy(model, data.test) == own[0].last("tune").accuracy
+    weights = safetensors.torch.load_file(out / "weights.safetensors")
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    program = torch.export.load(out / "model.pt2").module()
+    torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_interrupted_after_any_step_it_ends_with_the_same_numbers(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny["seeds"] = 1
+    run(tiny, tmp_path / "whole")
+    expected = numbers(tmp_path / "whole")
+    out = tmp_path / "parts"
+    steps = 2 * len(plan(Settings(**tiny)))
+    for _ in range(steps):  # one step more each time, from the stored state every time
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, out, resume=True, screen=interrupting(0))
+    run({}, out, resume=True)
+    assert numbers(out) == expected
+    states = [(tmp_path / name / STATE_NAME).stat().st_size for name in ("whole", "parts")]
+    assert abs(states[0] - states[1]) < 200  # latencies have more or fewer digits
+
+
+def test_interrupted_while_it_writes_its_files(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny |= {"seeds": 1, "rounds": 1, "epochs": 1, "finetune_epochs": 1}
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("orthoreg_ext.experiment.outputs.report_html", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, out)
+    assert not (out / "report.html").exists()
+    assert run({}, out, resume=True).finished
+    assert {path.name for path in out.iterdir()} == {*OUTPUTS, STATE_NAME}
+
+
+def _interrupt(*_: object) -> str:
+    raise KeyboardInterrupt
+
+
+def test_a_finished_run_is_only_read(tiny: dict[str, Any], tmp_path: Path) -> None:
+    tiny |= {"seeds": 1, "rounds": 1, "epochs": 1, "finetune_epochs": 1}
+    out = tmp_path / "out"
+    first = run(tiny, out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert run(tiny, out, resume=True).to_json() == first.to_json()
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(ValueError, match=r"--ratio is 0\.6, but the run to continue has 0\.5"):
+        run({"ratio": 0.6}, out, resume=True)
+    with pytest.raises(ValueError, match="holds a run; continue it with --resume"):
+        run(tiny, out)
+    (out / "report.html").unlink()
+    run({}, out, resume=True)
+    assert (out / "report.html").exists()
+
+
+def test_divergence_names_the_epoch_and_keeps_the_state(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny["lr"] = 1e30
+    out = tmp_path / "out"
+    with pytest.raises(DivergedError, match=r"diverged in train epoch 1 of 2 .*lower --lr"):
+        run(tiny, out)
+    assert [path.name for path in out.iterdir()] == [STATE_NAME]
+
+
+def test_a_full_disk_keeps_the_state(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, out, screen=interrupting(1))
+    before = (out / STATE_NAME).read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="is intact"):
+            run({}, out, resume=True)
+    assert (out / STATE_NAME).read_bytes() == before
+    with pytest.raises(KeyboardInterrupt):  # with room again, it goes on
+        run({}, out, resume=True, screen=interrupting(1))
+    assert load_state(out / STATE_NAME)[0]["arms"][0]["done"] == 4
+
+
+def test_bad_input_leaves_nothing_behind(tiny: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for wrong, text in (
+        ({"ratio": 2.0}, "--ratio"),
+        ({"data": "digitz"}, "unknown data 'digitz'"),
+        ({"model": "vggg"}, "unknown model 'vggg'"),
+        ({"ratio": 0.95, "max_layer_ratio": 0.5, "rounds": 1}, "ratio"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            run(tiny | wrong, out)
+        assert not out.exists()
+
+
+def test_other_folders_are_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    (tmp_path / "file").write_text("")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"is not empty .*thesis\.tex.* choose another --out"):
+            run(tiny, tmp_path / "full", resume=resume)
+    with pytest.raises(ValueError, match="is a file"):
+        run(tiny, tmp_path / "file")
+    with pytest.raises(OSError, match="cannot be created"):
+        run(tiny, tmp_path / "file" / "below")
+
+
+def test_changed_data_or_network_cannot_be_continued(tiny: dict[str, Any], tmp_path: Path) -> None:
+    digits = load_digits()
+    images = (digits.images * 15).astype(np.uint8)
+    np.savez(tmp_path / "d.npz", images=images, labels=digits.target)
+    tiny["data"] = str(tmp_path / "d.npz")
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, out, screen=interrupting(0))
+    images[3, 3, 3] ^= 1
+    np.savez(tmp_path / "d.npz", images=images, labels=digits.target)
+    with pytest.raises(ValueError, match="changed since the run began"):
+        run({}, out, resume=True)
+    images[3, 3, 3] ^= 1
+    np.savez(tmp_path / "d.npz", images=images, labels=digits.target)
+
+    net = tmp_path / "tiny_net.py"
+    net.write_text(net.read_text().replace("12", "14"))
+    sys.modules.pop("tiny_net", None)
+    with pytest.raises(ValueError, match="another architecture"):
+        run({}, out, resume=True)
