@@ -1,0 +1,101 @@
+# Every target sets up what it needs in .venv; a fresh machine needs python3 (3.10 or newer, with its
+# headers), make and a C++ compiler. `make help` lists the targets.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+DEMO_OUT ?= build/demo
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export MAX_JOBS ?= $(JOBS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+STEP := $(PYTHON) scripts/step.py
+# Bound to the torch of the environment: no other one is ever resolved.
+PIP := env PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt $(PY) -m pip install
+# Where nvcc is, the CUDA kernels are compiled for the tests also beside a torch without CUDA.
+NVCC := $(firstword $(wildcard $(CUDACXX) $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc) \
+	$(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+TEST_CUDA ?= $(if $(NVCC),ON,AUTO)
+BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
+FORMATTED = $(shell find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench wheel gpu-check build emulator clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+# ---- the environment ---------------------------------------------------------------------------
+$(STAMPS)/environment: scripts/environment.py
+	@rm -rf $(VENV)
+	@$(STEP) "environment $(VENV): torch and build tools" -- \
+		$(PYTHON) scripts/environment.py --folder $(VENV) --torch $(TORCH)
+	@mkdir -p $(STAMPS) && touch $@
+
+# What the package needs at run time, and for development; the package itself is compiled below.
+$(STAMPS)/packages-demo $(STAMPS)/packages-dev: $(STAMPS)/packages-%: $(STAMPS)/environment pyproject.toml
+	@$(STEP) "packages [$*]" --quiet -- env ORTHOREG_EXT_NO_BUILD=1 \
+		$(PIP) --no-build-isolation -e '.[$*]'
+	@touch $@
+
+INSTALL := $(PIP) -v --no-deps --no-build-isolation -e .
+
+# Any build serves the demo; the tests want the one with the CUDA kernels where they can be compiled.
+$(STAMPS)/build: $(STAMPS)/packages-demo $(BUILD_FILES)
+	@rm -f $(STAMPS)/build-test
+	@$(STEP) "compile the package" --quiet -- $(INSTALL)
+	@touch $@
+
+$(STAMPS)/build-test: $(STAMPS)/packages-dev $(BUILD_FILES)
+	@$(STEP) "compile the package, ORTHOREG_CUDA=$(TEST_CUDA)" --quiet -- \
+		env ORTHOREG_CUDA=$(TEST_CUDA) ORTHOREG_WERROR=1 $(INSTALL)
+	@touch $(STAMPS)/packages-demo $(STAMPS)/build $@
+
+build: $(STAMPS)/build ## compile the package into .venv (editable)
+
+# ---- what it is for ----------------------------------------------------------------------------
+demo: $(STAMPS)/build ## train, prune and fine-tune a small network on real images; writes build/demo
+	@rm -rf $(DEMO_OUT)
+	@$(STEP) "orthoreg prune" -- $(VENV)/bin/orthoreg prune --out $(DEMO_OUT)
+
+lint: $(STAMPS)/packages-dev ## ruff, mypy, clang-format
+	@$(STEP) "ruff check" -- $(PY) -m ruff check .
+	@$(STEP) "ruff format" -- $(PY) -m ruff format --check .
+	@$(STEP) "mypy" -- $(PY) -m mypy
+	@$(STEP) "clang-format" -- $(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
+
+test: $(STAMPS)/build-test lint ## lint, all tests, the emulated kernels under sanitizers, the wheel
+	@OMP_NUM_THREADS=1 $(STEP) "pytest" -- $(PY) -m pytest -n $(JOBS) -p no:benchmark $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory emulator
+	@$(STEP) "wheels, in an environment without a compiler" -- \
+		env ORTHOREG_CUDA=$(TEST_CUDA) ORTHOREG_WERROR=1 $(PY) scripts/check_wheel.py $(VENV)/constraints.txt
+	@echo "==> make test: all passed"
+
+# What every kernel computes, on the emulator; the same file runs plain, in three schedules, in pytest.
+EMULATED ?= tests/test_schedules.py
+
+emulator: $(STAMPS)/build-test ## the CUDA kernels on the CPU, under two sanitizers
+	@for sanitizer in address thread; do \
+		$(STEP) "emulated kernels for the $$sanitizer sanitizer: compile" -- \
+			$(PY) -m tests.emu.build --sanitize $$sanitizer && \
+		OMP_NUM_THREADS=1 $(STEP) "emulated kernels for the $$sanitizer sanitizer: test" -- \
+			$(PY) -m tests.emu.sanitize $$sanitizer -q $(EMULATED) || exit 1; \
+	done
+
+bench: $(STAMPS)/build-test ## the benchmarks (pytest-benchmark)
+	@$(STEP) "benchmarks" -- $(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds
+
+wheel: $(STAMPS)/build ## a wheel for this Python and platform in dist/
+	@rm -rf build/lib* build/bdist*
+	@$(STEP) "wheel" --quiet -- $(PY) -m pip wheel -v --no-deps --no-build-isolation -w dist .
+	@ls -l dist/*.whl
+
+gpu-check: ## on a machine with an NVIDIA GPU: tests, compute-sanitizer and benchmarks on it
+	@PYTHON=$(PYTHON) bash scripts/gpu_check.sh
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find orthoreg_ext -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
