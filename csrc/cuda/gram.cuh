@@ -17,7 +17,7 @@ namespace orthoreg::cuda {
 struct Plain {};  // no penalty: G itself
 
 template <class T, class Penalty>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     gram_kernel(const __grid_constant__ Problems problems, T* __restrict__ out,
                 double* __restrict__ parts) {  // parts: one a block, unused for Plain
   __shared__ Slabs<T> slabs;

@@ -11,7 +11,7 @@
 namespace orthoreg::cuda {
 
 template <class T, bool kAccumulate>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     gram_penalty_grad_kernel(const __grid_constant__ Problems problems,
                              const T* __restrict__ slopes, const T* __restrict__ coefficients) {
   __shared__ Slabs<T> slabs;

@@ -51,8 +51,9 @@ __device__ __forceinline__ T entry(const Problem& p, int group, int i, int j) {
 }
 
 constexpr int kThreads = 256;
-constexpr int kSlab = 16;      // inner entries in shared memory at once
-constexpr int kPerThread = 4;  // a thread owns kPerThread x kPerThread outputs
+constexpr int kBlocksPerSm = 2;  // at least; leaves up to 128 registers a thread
+constexpr int kSlab = 16;        // inner entries in shared memory at once
+constexpr int kPerThread = 4;    // a thread owns kPerThread x kPerThread outputs
 constexpr int kAcross = kTile / kPerThread;
 static_assert(kAcross * kAcross == kThreads);
 

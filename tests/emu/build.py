@@ -69,27 +69,36 @@ def find_nvcc() -> str:
     )
 
 
+def why_not() -> str:
+    """Why the emulator cannot be built here; empty where it can."""
+    try:
+        find_nvcc()
+    except NvccMissingError as missing:
+        return str(missing)
+    if os.uname().machine != "x86_64":
+        return f"the CUDA emulator's context switch is x86-64 only, this is {os.uname().machine}"
+    return "" if shutil.which("g++") else "the CUDA emulator needs g++"
+
+
+def _tool(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a compiler, without the sanitizer that this process itself may run under."""
+    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
 @functools.cache
 def _toolkit() -> tuple[str, str]:
     """The include folder of the toolkit, as nvcc finds it, and its version."""
-    dry = subprocess.run(
-        [find_nvcc(), "--dryrun", "-x", "cu", "-c", "/dev/null"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    dry = _tool(find_nvcc(), "--dryrun", "-x", "cu", "-c", "/dev/null")
     found = re.search(r'INCLUDES="-I([^"]+)"', dry.stderr)
     if not found:
         raise RuntimeError(f"{find_nvcc()} --dryrun names no include folder:\n{dry.stderr[-2000:]}")
-    version = subprocess.run(
-        [find_nvcc(), "--version"], capture_output=True, text=True, check=True
-    ).stdout
-    return os.path.normpath(found[1]), version
+    return os.path.normpath(found[1]), _tool(find_nvcc(), "--version").stdout
 
 
 @functools.cache
 def _gxx_version() -> str:
-    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    return _tool("g++", "--version").stdout
 
 
 @functools.cache
@@ -111,7 +120,7 @@ def _torch() -> tuple[Path, str]:
 
 def _run(command: Sequence[str | Path]) -> None:
     words = [str(w) for w in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = _tool(*words)
     if done.returncode:
         output = (done.stdout + done.stderr)[-8000:]
         raise RuntimeError(
@@ -280,7 +289,7 @@ def build(
         ]
         work += [
             pool.submit(lambda p: [_compile(p, device, "")], EMU / f"{n}.cpp")
-            for n in ("engine", "cudart")
+            for n in ("engine", "report", "cudart")
         ]
         objects = [o for w in work for o in w.result()]
 

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "engine.h"
+#include "report.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -11,23 +11,20 @@
 // expensive to be made for each block), so every even block is checked against every odd one.
 #include "engine.h"
 
-#include <cxxabi.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <array>
 #include <bitset>
 #include <chrono>
-#include <cstdlib>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <numeric>
-#include <random>
 #include <stdexcept>
 
 #include "ptx.h"
+#include "report.h"
 #include "sanitizers.h"
 
 // Saves the callee-saved registers on the stack it leaves (x86-64 System V) and goes to another.
@@ -107,12 +104,6 @@ struct State {
   sanitizers::Fiber main_fiber;
   char fence_tag, start_tag;
 } s;
-
-std::string text(Here h) { return std::string(h.file) + ":" + std::to_string(h.line); }
-
-std::string text(uint3 i) {
-  return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
-}
 
 void enter(Thread& t) {
   s.self = &t;
@@ -244,25 +235,6 @@ void run_block(const Kernel& kernel, size_t bytes) {
   }
 }
 
-std::vector<unsigned> ranked(unsigned n) {
-  const char* mode = std::getenv("CUDA_EMU_ORDER");
-  std::vector<unsigned> order(n);
-  std::iota(order.begin(), order.end(), 0u);
-  if (!mode || !*mode || std::strcmp(mode, "up") == 0) return order;
-  if (std::strcmp(mode, "down") == 0) {
-    std::reverse(order.begin(), order.end());
-    return order;
-  }
-  char* end;
-  const unsigned long seed = std::strtoul(mode, &end, 10);
-  if (*end) {
-    throw std::invalid_argument(std::string("CUDA_EMU_ORDER is '") + mode +
-                                "'; expected up, down or a number (the seed of a shuffle)");
-  }
-  std::shuffle(order.begin(), order.end(), std::mt19937(unsigned(seed)));
-  return order;
-}
-
 void* map(size_t bytes, int flags) {
   void* p =
       mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
@@ -293,14 +265,6 @@ void set_up(Team& team, dim3 block) {
 }
 
 }  // namespace
-
-std::string demangled(const char* name) {
-  int status;
-  char* readable = abi::__cxa_demangle(name, nullptr, nullptr, &status);
-  const std::string result = readable ? readable : name;
-  std::free(readable);
-  return result;
-}
 
 void launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void** args) {
   const std::lock_guard<std::mutex> lock(s.busy);
@@ -336,18 +300,6 @@ void fail(Here h, const std::string& what) {
 }
 
 void exit_thread() { throw Unwind{}; }
-
-void assert_failed(Here h, void** args) {
-  const auto string = [&](int k) { return std::string(*static_cast<const char**>(args[k])); };
-  fail(h, "assertion failed: " + string(0));
-}
-
-void print(Here h, void** args) {  // results first: args[0] is the return value of vprintf
-  *static_cast<int*>(args[0]) = 0;
-  std::fprintf(stderr, "%s: printf of block %s thread %s: %s", text(h).c_str(),
-               text(blockIdx).c_str(), text(s.self->index).c_str(),
-               *static_cast<const char**>(args[1]));
-}
 
 unsigned thread_id() { return s.self->id; }
 unsigned block_size() { return unsigned(s.team->threads.size()); }

@@ -32,8 +32,6 @@ struct Kernel {
 bool add_kernel(Kernel);
 bool add_variable(const char* name, void* address, size_t bytes);
 
-std::string demangled(const char* name);
-
 // Runs a grid to its end. Throws std::runtime_error with the source line of whatever went wrong.
 void launch(const Kernel&, dim3 grid, dim3 block, size_t dynamic_shared_bytes, void** args);
 

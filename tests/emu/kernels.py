@@ -1,6 +1,6 @@
 """Call a library's C launchers from Python: emulated on numpy arrays, or on a GPU.
 
-A launcher is declared with the macros of harness.h: ``LAUNCHER(name)(const float* x, int n) {...}``.
+A launcher is declared with the macros of harness.h: ``LAUNCHER(name)(const float* x, int n)``.
 Its pointers take numpy arrays, which it may change; its other parameters are int.
 """
 

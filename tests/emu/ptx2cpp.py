@@ -9,7 +9,8 @@ name the line of the .cu file.
 How: `translate` splits a module into variables and functions; `Body` walks a function's statements
 and looks each opcode up in the tables of ptx_ops.py and ptx_statements.py, by the row with the most
 matching words. A register becomes a C++ variable of its declared type; reading it as another type
-reinterprets its bits (`as`, ptx.h). State spaces share one 64-bit address space, shared memory lying below 4 GiB.
+reinterprets its bits (`as`, ptx.h). State spaces share one 64-bit address space, shared memory
+lying below 4 GiB.
 
 What it refuses, with the source line and the place to add it: an opcode, modifier or operand that
 no row knows; clusters, wgmma, TMA, mbarriers, tensor memory; functions of another translation unit.
@@ -91,8 +92,9 @@ class Body:
                 "the architecture that the emulator builds (see tests/emu/README.md)"
             )
         return TranslationError(
-            f"{text}; add a row to EXPRESSIONS or ACCEPTED in tests/emu/ptx_ops.py or to STATEMENTS in "
-            "ptx_statements.py, its C++ to ptx.h, bits.h, half.h or warp.h, and a case to conformance/"
+            f"{text}; add a row to EXPRESSIONS or ACCEPTED in tests/emu/ptx_ops.py, or to "
+            "STATEMENTS in ptx_statements.py, its C++ to ptx.h, bits.h, half.h or warp.h, and a "
+            "case to conformance/"
         )
 
     # Operands
@@ -301,7 +303,7 @@ def translate(ptx: str, *, root: Path | None = None, toolkit: str = "") -> str:
     Args:
         ptx: the text that ``nvcc -ptx -lineinfo`` wrote.
         root: files below it are named relative to it in errors.
-        toolkit: the CUDA include folder; what comes from there is reported at the line that uses it.
+        toolkit: the CUDA include folder; what is inlined from there is reported at its caller.
 
     Returns:
         The text of a C++ file to be compiled beside ptx.h.

@@ -144,7 +144,8 @@ EXPRESSIONS: dict[str, tuple[str, str]] = {
 _MEMORY = (
     "global local const param shared shared::cta weak relaxed volatile acquire release acq_rel "
     "cta gpu sys ca cg cs lu cv nc wb wt v2 v4 v8 noftz "
-    "L1::evict_normal L1::evict_first L1::evict_last L1::evict_unchanged L1::no_allocate L2::64B L2::128B L2::256B L2::evict_last L2::evict_first L2::evict_normal"
+    "L1::evict_normal L1::evict_first L1::evict_last L1::evict_unchanged L1::no_allocate "
+    "L2::64B L2::128B L2::256B L2::evict_last L2::evict_first L2::evict_normal"
 )
 _RELATIONS = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor ftz"
 ACCEPTED = {

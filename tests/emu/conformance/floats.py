@@ -22,7 +22,7 @@ def as_pairs(oracle: Callable[..., Array], half: str) -> Callable[..., Array]:
 
     def part(a: Array, shift: int) -> Array:
         bits = (a >> np.uint32(shift)).astype(np.uint16)
-        return bits.view(np.float16) if half == "f16" else bits
+        return np.asarray(bits.view(np.float16) if half == "f16" else bits)
 
     def lifted(*arrays: Array) -> Array:
         result = np.zeros(len(arrays[0]), np.uint32)
@@ -213,7 +213,16 @@ def packed(form: str) -> Callable[[Array, Array], Array]:
 case("cvt.rna.tf32.f32", "u32", "f32", rounded_bits("tf32", "rna"), limit=1e3)
 case("cvt.rn.f16x2.f32", "u32", "f32 f32", packed("f16"), limit=1e5)
 case("cvt.rn.bf16x2.f32", "u32", "f32 f32", packed("bf16"), limit=1e38)
-for pair in "s32-s64 u32-u64 s64-s32 u64-u32 u16-u32 s16-s32 s32-s16 u32-s64".split():
+for pair in [
+    "s32-s64",
+    "u32-u64",
+    "s64-s32",
+    "u64-u32",
+    "u16-u32",
+    "s16-s32",
+    "s32-s16",
+    "u32-s64",
+]:
     form, to = pair.split("-")
     case(f"cvt.{to}.{form}", to, form, each(lambda a: a))
 case("cvt.s32.s8", "s32", "u32", lambda a: a.astype(np.uint8).view(np.int8).astype(np.int32))

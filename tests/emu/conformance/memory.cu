@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cassert>
+#include <cstdio>
 
 #include "../harness.h"
 
@@ -224,6 +225,7 @@ __global__ void stops(int* x, int what) {
   if (what == 2 && threadIdx.x == 4) asm volatile("trap;");
   if (what == 3) x[0] = reinterpret_cast<const int*>(uintptr_t(blockIdx.x))[threadIdx.x];
   if (what == 4) asm volatile("bar.sync 2, %0;" ::"r"(12 * what));
+  if (what == 5 && threadIdx.x == 1) printf("%s %d|%5.2f|%lld%%\n", "one", 2, 3.25, 1ll << 40);
   x[threadIdx.x] = int(threadIdx.x);
 }
 LAUNCHER(run_stops)(int* x, int what) {
