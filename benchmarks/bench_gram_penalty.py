@@ -45,7 +45,9 @@ def attached(layers: list[Tensor]) -> None:
     F.add_gram_penalty_grad_(layers, "so", strength=1.0)
 
 
-@pytest.mark.parametrize("run", [eager, closed_small, orthoreg_ext, attached], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "run", [eager, closed_small, orthoreg_ext, attached], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("model", MODELS)
 def bench_penalty_and_gradient(benchmark, model: str, run, device: str) -> None:
     benchmark.group = f"penalty and gradient, {model}, {device}"

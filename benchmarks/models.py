@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ Shape = tuple[int, ...]
 def vgg13() -> list[Shape]:
     """The CIFAR VGG-13 of OrthoReg: ten 3 x 3 convolutions and a classifier."""
     widths = [3, 64, 64, 128, 128, 256, 256, 512, 512, 512, 512]
-    convs: list[Shape] = [(o, i, 3, 3) for i, o in zip(widths, widths[1:], strict=False)]
+    convs: list[Shape] = [(o, i, 3, 3) for i, o in pairwise(widths)]
     return [*convs, (100, 512)]
 
 

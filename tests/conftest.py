@@ -65,7 +65,7 @@ _TARGETS = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(params=_TARGETS)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """Runs the test on the compiled CPU operators, the emulated and, with a GPU, the real CUDA ones."""
+    """Runs the test on the CPU, on the emulated and, with a GPU, on the real CUDA operators."""
     chosen = _target(request.param, request)
     with ox.backend(chosen.name):
         yield chosen

@@ -43,7 +43,9 @@ def test_random_layers_agree_with_the_reference_in_float64(target: Target, seed:
     arguments = {"criteria": ALL, "dim": dim, "groups": layers.groups}
     extra, oracle_extra = {}, {}
     if dim == 0:
-        bias_grads = [None if b is None else torch.randn(b.shape, generator=generator) for b in layers.biases]
+        bias_grads = [
+            None if b is None else torch.randn(b.shape, generator=generator) for b in layers.biases
+        ]
         on_device = [None if b is None else b.to(target.device) for b in bias_grads]
         extra = {"biases": layers.biases, "bias_grads": on_device}
         double = [None if b is None else b.double() for b in bias_grads]

@@ -94,7 +94,10 @@ def test_orthoreg_is_the_released_formula(target: Target, seed: int) -> None:
         values = F.gram_penalty(side=side, **layers.arguments())
         oracle = layers.double()
         want = torch.stack(
-            [released(w, b, side == "cols") for w, b in zip(oracle.weights, oracle.biases, strict=True)]
+            [
+                released(w, b, side == "cols")
+                for w, b in zip(oracle.weights, oracle.biases, strict=True)
+            ]
         )
         assert relative_error(values, want) <= 1e-12
         got = torch.autograd.grad(values.sum(), layers.parameters())
@@ -123,7 +126,9 @@ def test_gram_of_both_sides_and_groups(target: Target) -> None:
 def test_so_values_of_the_two_sides_differ_by_n_minus_k(target: Target) -> None:
     weight = torch.randn(12, 5, device=target.device, dtype=torch.float64)
     rows, cols = (F.gram_penalty([weight], "so", side=s) for s in ("rows", "cols"))
-    torch.testing.assert_close(rows - cols, torch.tensor([7.0], dtype=torch.float64, device=target.device))
+    torch.testing.assert_close(
+        rows - cols, torch.tensor([7.0], dtype=torch.float64, device=target.device)
+    )
     small = F.gram_penalty([weight], "so", side="small")
     torch.testing.assert_close(small, cols)
 

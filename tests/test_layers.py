@@ -23,9 +23,16 @@ LAYERS = [  # layer, kind, groups, filters, fan-in
 
 
 @pytest.mark.parametrize(("module", "kind", "groups", "filters", "fan_in"), LAYERS)
-def test_kinds_and_sizes(module: nn.Module, kind: str, groups: int, filters: int, fan_in: int) -> None:
+def test_kinds_and_sizes(
+    module: nn.Module, kind: str, groups: int, filters: int, fan_in: int
+) -> None:
     (layer,) = filter_layers(module)
-    assert (layer.kind, layer.groups, layer.filters, layer.fan_in) == (kind, groups, filters, fan_in)
+    assert (layer.kind, layer.groups, layer.filters, layer.fan_in) == (
+        kind,
+        groups,
+        filters,
+        fan_in,
+    )
     assert layer.weight.shape[0] == filters
     assert layer.weight.flatten(1).shape[1] == fan_in
     assert layer.bias.shape == (filters,)
@@ -56,7 +63,9 @@ def test_shared_modules_and_parameters_are_listed_once() -> None:
 
 
 def test_other_matrices_are_listed_with_the_reason() -> None:
-    model = nn.ModuleDict({"emb": nn.Embedding(5, 4), "att": nn.MultiheadAttention(4, 2), "bn": nn.BatchNorm1d(4)})
+    model = nn.ModuleDict(
+        {"emb": nn.Embedding(5, 4), "att": nn.MultiheadAttention(4, 2), "bn": nn.BatchNorm1d(4)}
+    )
     found, skipped = inspect_layers(model)
     assert [layer.name for layer in found] == ["att.out_proj"]
     assert [s.name for s in skipped] == ["emb.weight", "att.in_proj_weight"]

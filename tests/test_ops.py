@@ -58,7 +58,10 @@ def test_opcheck(target: Target, requires_grad: bool) -> None:
         ops.add_gram_penalty_grad_.default,
         (*plain, *grads, coefficients.detach(), groups, columns, offsets, "so"),
     )
-    check(ops.filter_scores.default, (*(plain[0], grads[0], plain[1], grads[1]), groups, 0, ["l1", "fisher"]))
+    check(
+        ops.filter_scores.default,
+        (*(plain[0], grads[0], plain[1], grads[1]), groups, 0, ["l1", "fisher"]),
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +129,9 @@ def test_compiles_into_one_graph(target: Target, engine: str) -> None:
     got = graph(weights, biases[0])
     want = term(weights, biases[0])
     torch.testing.assert_close(got, want)
-    for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True
+    ):
         torch.testing.assert_close(a, b)
     scores = torch.compile(
         lambda w: F.filter_scores(w, criteria=("l1", "l2"))["l2"], fullgraph=True, backend=engine
@@ -213,7 +218,8 @@ for n, k in ((1, 1), (5, 300), (33, 70), (97, 41), (130, 9)):
                 want = F.gram_penalty([oracle], name).sum()
             value.backward(), want.backward()
             assert abs(value - want) <= tolerance * want, (n, k, name)
-            assert (weight.grad - oracle.grad).norm() <= tolerance * oracle.grad.norm(), (n, k, name)
+            error = (weight.grad - oracle.grad).norm()
+            assert error <= tolerance * oracle.grad.norm(), (n, k, name)
 print(torch.ops.orthoreg._cpu_level())
 """
 

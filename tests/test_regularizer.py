@@ -279,7 +279,9 @@ def test_bias_can_be_left_out_or_taken_everywhere(net: Net) -> None:
 
 def test_huge_linear_layers_are_skipped_with_a_notice() -> None:
     model = nn.Sequential(nn.Linear(2049, 3000, device="meta"), nn.Linear(4, 3), nn.Linear(3, 2))
-    with pytest.warns(UserWarning, match="layer '0' is skipped: its Gram matrix would be 2049 x 2049"):
+    with pytest.warns(
+        UserWarning, match="layer '0' is skipped: its Gram matrix would be 2049 x 2049"
+    ):
         reg = ox.OrthoRegularizer(model)
     assert [r.name for r in reg.report()] == ["1"]
     with warnings.catch_warnings():
@@ -323,15 +325,39 @@ def test_training_makes_the_filters_orthonormal(target: Target) -> None:
 
 
 BAD = [
-    (lambda: ox.OrthoRegularizer(nn.ReLU()), "no layer is left to regularise .the model has no filters."),
-    (lambda: ox.OrthoRegularizer(nn.Sequential(nn.Conv2d(1, 2, 3)), exclude="0"), "no layer is left to regularise .'0': excluded by exclude=.; name layers in include="),
-    (lambda: ox.OrthoRegularizer(nn.Linear(3, 3), "ortho"), "unknown penalty 'ortho'; did you mean 'orthoreg'"),
-    (lambda: ox.OrthoRegularizer(nn.Linear(3, 3), strength=-1.0), "strength is -1.0, expected a finite number"),
+    (
+        lambda: ox.OrthoRegularizer(nn.ReLU()),
+        "no layer is left to regularise .the model has no filters.",
+    ),
+    (
+        lambda: ox.OrthoRegularizer(nn.Sequential(nn.Conv2d(1, 2, 3)), exclude="0"),
+        "no layer is left to regularise .'0': excluded by exclude=.; name layers in include=",
+    ),
+    (
+        lambda: ox.OrthoRegularizer(nn.Linear(3, 3), "ortho"),
+        "unknown penalty 'ortho'; did you mean 'orthoreg'",
+    ),
+    (
+        lambda: ox.OrthoRegularizer(nn.Linear(3, 3), strength=-1.0),
+        "strength is -1.0, expected a finite number",
+    ),
     (lambda: ox.OrthoRegularizer(nn.Linear(3, 3), every=0), "every is 0, expected a positive"),
-    (lambda: ox.OrthoRegularizer(nn.Linear(3, 3), bias="linear"), "bias is 'linear', expected True, False or 'conv'"),
-    (lambda: ox.OrthoRegularizer(nn.Linear(3, 3), layer_weights="sqr"), "unknown layer_weights 'sqr'; did you mean 'sqrt'"),
-    (lambda: ox.OrthoRegularizer(nn.Sequential(nn.Linear(3, 3)), include="1"), "unknown layer in include= '1'"),
-    (lambda: ox.OrthoRegularizer(nn.Sequential(nn.Linear(3, 3)), layer_weights={"00": 1.0}), "unknown layer in layer_weights= '00'; did you mean '0'"),
+    (
+        lambda: ox.OrthoRegularizer(nn.Linear(3, 3), bias="linear"),
+        "bias is 'linear', expected True, False or 'conv'",
+    ),
+    (
+        lambda: ox.OrthoRegularizer(nn.Linear(3, 3), layer_weights="sqr"),
+        "unknown layer_weights 'sqr'; did you mean 'sqrt'",
+    ),
+    (
+        lambda: ox.OrthoRegularizer(nn.Sequential(nn.Linear(3, 3)), include="1"),
+        "unknown layer in include= '1'",
+    ),
+    (
+        lambda: ox.OrthoRegularizer(nn.Sequential(nn.Linear(3, 3)), layer_weights={"00": 1.0}),
+        "unknown layer in layer_weights= '00'; did you mean '0'",
+    ),
 ]
 
 
