@@ -31,12 +31,21 @@ void for_each_gram_panel(const std::vector<Layer>& layers, const std::vector<Mat
         const int64_t rows = m - column, columns = std::min(kPanel, rows);
         T* base = out + layer.slopes + unit.group * m * m;
         T* g = base + column * m + column;
-        kernel.product({data + column * along, along, across},
-                       {data + column * along, across, along}, rows, columns, layer.inner(), g, m,
-                       packed.data());
+        const Strided<T> a{data + column * along, along, across};
         double diagonal[kPanel];
-        kernel.squares({data + column * along, along, across}, columns, layer.inner(), diagonal);
-        for (int64_t j = 0; j < columns; ++j) g[j * m + j] = static_cast<T>(diagonal[j]);
+        if (m <= kSmall) {
+          double exact[kSmall * kSmall];
+          kernel.pairs(a, m, layer.inner(), exact);
+          for (int64_t i = 0; i < m; ++i) {
+            for (int64_t j = 0; j < m; ++j) g[i * m + j] = static_cast<T>(exact[i * m + j]);
+            diagonal[i] = exact[i * m + i];
+          }
+        } else {
+          kernel.product(a, {a.data, across, along}, rows, columns, layer.inner(), g, m,
+                         packed.data());
+          kernel.squares(a, columns, layer.inner(), diagonal);
+          for (int64_t j = 0; j < columns; ++j) g[j * m + j] = static_cast<T>(diagonal[j]);
+        }
         finish(u, g, rows, columns, m, diagonal);
         for (int64_t i = 1; i < rows; ++i) {
           for (int64_t j = 0; j < std::min(i, columns); ++j) g[j * m + i] = g[i * m + j];

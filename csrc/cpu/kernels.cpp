@@ -166,6 +166,17 @@ void sums_of(const T* w, const T* g, int64_t count, Sums* out) {
 }
 
 template <class T>
+void pairs(Strided<T> a, int64_t m, int64_t k, double* out) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      double sum = 0;
+      for (int64_t p = 0; p < k; ++p) sum += static_cast<double>(*a.at(i, p)) * *a.at(j, p);
+      out[i * m + j] = out[j * m + i] = sum;
+    }
+  }
+}
+
+template <class T>
 void squares(Strided<T> a, int64_t m, int64_t k, double* out) {
   for (int64_t i = 0; i < m; ++i) out[i] = 0;
   if (a.cols == 1) {
@@ -194,10 +205,13 @@ void sums(const T* w, const T* g, int64_t count, Sums* out) {
   }
 }
 
+template <class T>
+constexpr Kernels<T> kKernels = {&product<T>, &pairs<T>, &squares<T>, &sums<T>};
+
 }  // namespace
 
-extern const Kernels<float> float_kernels = {&product<float>, &squares<float>, &sums<float>};
-extern const Kernels<double> double_kernels = {&product<double>, &squares<double>, &sums<double>};
+extern const Kernels<float> float_kernels = kKernels<float>;
+extern const Kernels<double> double_kernels = kKernels<double>;
 
 }  // namespace ORTHOREG_CPU_LEVEL
 }  // namespace orthoreg::cpu

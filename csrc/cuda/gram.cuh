@@ -16,12 +16,15 @@ namespace orthoreg::cuda {
 
 struct Plain {};  // no penalty: G itself
 
+constexpr int kSmall = 8;
+static_assert(kSmall * kSmall == kTile);
+
 template <class T, class Penalty>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     gram_kernel(const __grid_constant__ Problems problems, T* __restrict__ out,
                 double* __restrict__ parts) {  // parts: one a block, unused for Plain
   __shared__ Slabs<T> slabs;
-  __shared__ double diagonal[kTile];
+  __shared__ double exact[kTile];  // the diagonal, or all of a small matrix
   const Problem& p = problems.layer[find_layer(problems, blockIdx.x)];
   const int m = gram_size(p), across = (m + kTile - 1) / kTile;
   const int triangle = across * (across + 1) / 2, unit = blockIdx.x - p.first_unit;
@@ -31,13 +34,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int row = row_tile * kTile, column = column_tile * kTile;
   const bool on_diagonal = row_tile == column_tile;
 
-  // Near orthonormality G - I cancels on the diagonal, so that is summed in double.
-  double square = 0;
-  const auto add_squares = [&](const Slabs<T>& slab) {
+  // Near orthonormality G - I cancels on the diagonal, so that is summed in double; and a matrix of
+  // few pairs in all its entries, which may cancel without others to outweigh the error.
+  const bool small = m <= kSmall;
+  const int one = small ? threadIdx.x / kSmall : threadIdx.x;
+  const int other = small ? threadIdx.x % kSmall : threadIdx.x;
+  double product = 0;
+  const auto add_exact = [&](const Slabs<T>& slab) {
     if (on_diagonal && threadIdx.x < kTile) {
-      for (int i = 0; i < kSlab; ++i) {
-        const double x = slab.a[i][threadIdx.x];
-        square += x * x;
+      for (int q = 0; q < kSlab; ++q) {
+        product += static_cast<double>(slab.a[q][one]) * static_cast<double>(slab.a[q][other]);
       }
     }
   };
@@ -48,9 +54,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   tile_product(
       slabs, p.columns ? p.n : p.width, /*a_along_inner=*/!p.columns, /*b_along_inner=*/!p.columns,
       [&](int i, int q) { return along(row + i, q); },
-      [&](int q, int j) { return along(column + j, q); }, add_squares, sum);
+      [&](int q, int j) { return along(column + j, q); }, add_exact, sum);
   if (on_diagonal) {
-    if (threadIdx.x < kTile) diagonal[threadIdx.x] = square;
+    if (threadIdx.x < kTile) exact[threadIdx.x] = product;
     __syncthreads();
   }
 
@@ -63,11 +69,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     for (int y = 0; y < kPerThread; ++y) {
       const int i = row + ty * kPerThread + x, j = column + tx * kPerThread + y;
       if (i >= m || j >= m) continue;
-      T value = sum[x][y];
-      if constexpr (std::is_same_v<Penalty, Plain>) {
-        if (i == j) value = static_cast<T>(diagonal[i - row]);
-      } else {
-        if (i == j) value = Penalty::kIdentity ? static_cast<T>(diagonal[i - row] - 1) : T(0);
+      const double entry = small    ? exact[i * kSmall + j]
+                           : i == j ? exact[i - row]
+                                    : static_cast<double>(sum[x][y]);
+      T value = static_cast<T>(entry);
+      if constexpr (!std::is_same_v<Penalty, Plain>) {
+        if (i == j) value = Penalty::kIdentity ? static_cast<T>(entry - 1) : T(0);
         part += (on_diagonal ? 1 : 2) * static_cast<double>(Penalty::value(value));
         value = Penalty::slope(value);
       }
