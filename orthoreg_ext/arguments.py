@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .errors import wrong_length
 from .penalties import Penalty
+from .reference import WEIGHT_ONLY, compute_dtype
 
 SIDES = ("rows", "cols", "small")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -217,5 +219,78 @@ def check_coefficients(
     if not isinstance(coefficients, Tensor):
         coefficients = torch.tensor(list(coefficients), dtype=torch.float64).to(device)
     if coefficients.shape != (count,):
-        raise wrong_length("coefficients", coefficients.numel(), count, "weights")
+        raise ValueError(
+            f"coefficients has shape {tuple(coefficients.shape)}, expected [{count}]: one for each "
+            "of the weights"
+        )
+    if coefficients.device != device:
+        raise ValueError(
+            f"coefficients is on {coefficients.device}, but the weights are on {device}; move it"
+        )
     return coefficients
+
+
+def check_grads(
+    layers: Layers,
+    grads: Sequence[Tensor] | None,
+    bias_grads: Sequence[Tensor | None] | None,
+    names: Sequence[str],
+) -> tuple[Layers, Layers]:
+    """Returns weights and gradients as layers of one precision and memory order each.
+
+    Gradients of another precision than their weight (float32 for a bfloat16 weight) are not
+    rounded to it: the weight is widened.
+    """
+    needing = next(name for name in names if name not in WEIGHT_ONLY)
+    count = len(layers.weights)
+    if grads is None:
+        raise ValueError(f"criterion {needing!r} needs gradients: pass grads, one for each weight")
+    if len(grads) != count:
+        raise wrong_length("grads", len(grads), count, "weights")
+    if bias_grads is not None and len(bias_grads) != count:
+        raise wrong_length("bias_grads", len(bias_grads), count, "weights")
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for i, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
+        bias_grad = bias_grads[i] if bias_grads is not None else None
+        grad = _check_grad(f"grads[{i}]", grads[i], weight, needing)
+        if bias.numel():
+            bias_grad = _check_grad(f"bias_grads[{i}]", bias_grad, bias, needing)
+        else:
+            bias_grad = bias
+        if grad.dtype != weight.dtype or bias_grad.dtype != bias.dtype:
+            wide = compute_dtype(weight.dtype)
+            weight, bias, bias_grad = weight.to(wide), bias.to(wide), bias_grad.to(wide)
+            grad = grad.to(wide)
+        if grad.stride()[1:] != weight.stride()[1:]:
+            grad = torch.empty_like(weight).copy_(grad)
+        found.append((weight, bias, grad, bias_grad.contiguous()))
+    weights, biases, slopes, bias_slopes = (list(column) for column in zip(*found, strict=True))
+    return Layers(weights, biases, layers.groups), Layers(slopes, bias_slopes, layers.groups)
+
+
+def _check_grad(argument: str, grad: object, tensor: Tensor, needing: str) -> Tensor:
+    if grad is None:
+        raise ValueError(
+            f"{argument} is None, but criterion {needing!r} needs gradients: call backward() first"
+        )
+    grad = check_tensor(argument, grad, 1)
+    if grad.shape != tensor.shape or grad.device != tensor.device:
+        raise ValueError(
+            f"{argument} has shape {tuple(grad.shape)} on {grad.device}, expected "
+            f"{tuple(tensor.shape)} on {tensor.device}"
+        )
+    return grad
+
+
+def keep_taps_together(layers: Layers) -> Layers:
+    """Copies the weights whose kernel dimensions [2, ...) are not one evenly spaced run."""
+
+    def is_run(weight: Tensor) -> bool:
+        dims = [d for d in range(2, weight.dim()) if weight.shape[d] > 1]
+        return all(
+            weight.stride(outer) == weight.stride(inner) * weight.shape[inner]
+            for outer, inner in pairwise(dims)
+        )
+
+    weights = [w if is_run(w) else w.contiguous() for w in layers.weights]
+    return Layers(weights, layers.biases, layers.groups)

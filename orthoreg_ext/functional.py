@@ -9,6 +9,7 @@ in float32, also under autocast.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -20,13 +21,15 @@ from .arguments import (
     Layers,
     Sides,
     check_coefficients,
+    check_grads,
     check_layers,
     choose_sides,
     drop_pruned,
+    keep_taps_together,
     subtract_pruned,
 )
 from .backend import namespace_for
-from .errors import choose, wrong_length
+from .errors import choose
 from .penalties import Penalty, get_penalty
 
 
@@ -102,8 +105,12 @@ def _grams(layers: Layers, columns: list[bool]) -> list[Tensor]:  # each [g, m, 
     return [piece.view(size) for piece, size in zip(pieces, sizes, strict=True)]
 
 
+def _namespace(penalty: Penalty, layers: Layers) -> str | None:
+    return namespace_for(layers.device) if penalty.compiled else None
+
+
 def _penalty_values(layers: Layers, penalty: Penalty, sides: Sides) -> Tensor:
-    namespace = namespace_for(layers.device)
+    namespace = _namespace(penalty, layers)
     if namespace is None:
         return reference.gram_penalty(
             layers.weights, layers.biases, layers.groups, sides.columns, sides.offsets, penalty
@@ -208,32 +215,21 @@ def add_gram_penalty_grad_(
         return torch.zeros(0)
     count = len(layers.weights)
     factors = check_coefficients(coefficients, count, layers.device)
-    scale = torch.ones(count, dtype=torch.float64) if factors is None else factors
-    if isinstance(strength, Tensor) or factors is not None:
-        scale = scale.to(layers.device) * strength
-    else:
-        scale = (scale * strength).to(layers.device)
-    first = {id(weight): i for i, weight in reversed(list(enumerate(original)))}
-    in_place = [
-        i
-        for i in range(count)
-        if namespace_for(layers.device) is not None
-        and first[id(original[i])] == i
-        and (pruned is None or pruned[i] is None)
-        and layers.weights[i] is original[i]
-        and _takes_grad(layers.weights[i])
-        and (layers.biases[i].numel() == 0 or _takes_grad(layers.biases[i]))
-    ]
-    rest = [i for i in range(count) if i not in set(in_place)]
+    scale = torch.ones(count, dtype=torch.float64, device=layers.device) * strength
+    if factors is not None:
+        factors = factors.detach()
+        scale = scale * factors
     sides = choose_sides(layers, row, side)
-    indices = [[i for i in part if i in set(in_place)] for part in _by_precision(layers)]
-    indices = [part for part in indices if part]
+    in_place = [False] * count
+    if _namespace(row, layers) is not None:
+        in_place = _written_in_place(original, layers, pruned)
+    parts = [[i for i in part if in_place[i]] for part in _by_precision(layers)]
+    parts = [part for part in parts if part]
     results = [
-        _add_in_place(
-            layers.take(part), row, sides.take(part), scale[part] if len(part) < count else scale
-        )
-        for part in indices
+        _add_in_place(layers.take(part), row, sides.take(part), _rows(scale, part))
+        for part in parts
     ]
+    rest = [i for i in range(count) if not in_place[i]]
     if rest:
         with torch.enable_grad():
             values = gram_penalty(
@@ -245,11 +241,37 @@ def add_gram_penalty_grad_(
                 groups=[layers.groups[i] for i in rest],
             )
             if values.requires_grad:
-                (values * scale[rest].to(values.dtype)).sum().backward()
-        indices.append(rest)
+                (values * _rows(scale, rest).to(values.dtype)).sum().backward()
+        parts.append(rest)
         results.append(values.detach())
-    values = _gather(results, indices) if len(results) > 1 else results[0]
+    values = _gather(results, parts)
     return values if factors is None else values * factors.to(values.dtype)
+
+
+def _rows(tensor: Tensor, indices: list[int]) -> Tensor:
+    """Some entries of a tensor; all of them in order are not copied."""
+    return tensor if indices == list(range(len(tensor))) else tensor[indices]
+
+
+def _written_in_place(
+    original: list[Tensor], layers: Layers, pruned: Sequence[Tensor | None] | None
+) -> list[bool]:
+    """Whether the operator writes the layer's gradients itself.
+
+    The others go through autograd: views and copies, frozen tensors, and tensors that several
+    layers share, which the operator's threads would update at the same time.
+    """
+    uses = Counter(id(t) for t in (*original, *layers.biases) if t.numel())
+    found = []
+    for i, weight in enumerate(original):
+        bias = layers.biases[i]
+        tensors = [weight, bias] if bias.numel() else [weight]
+        found.append(
+            layers.weights[i] is weight
+            and (pruned is None or pruned[i] is None)
+            and all(uses[id(t)] == 1 and _takes_grad(t) for t in tensors if t.numel())
+        )
+    return found
 
 
 def _takes_grad(tensor: Tensor) -> bool:
@@ -334,7 +356,11 @@ def filter_scores(
     layers = check_layers(weights, biases, groups, minimum_dim=1)
     count = len(layers.weights)
     with_grads = any(name not in reference.WEIGHT_ONLY for name in names)
-    slopes = _check_grads(layers, grads, bias_grads, names) if with_grads else None
+    slopes = None
+    if dim == 1:
+        layers = keep_taps_together(layers)
+    if with_grads:
+        layers, slopes = check_grads(layers, grads, bias_grads, names)
     scores: dict[str, list[Tensor]] = {name: [torch.empty(0)] * count for name in names}
     for part in _by_precision(layers):
         taken = layers.take(part)
@@ -347,53 +373,6 @@ def filter_scores(
             for i, piece in zip(part, row.split(lengths), strict=True):
                 scores[name][i] = piece
     return scores
-
-
-def _check_grads(
-    layers: Layers,
-    grads: Sequence[Tensor] | None,
-    bias_grads: Sequence[Tensor | None] | None,
-    names: list[str],
-) -> Layers:
-    """The gradients as layers of their own, in the memory order of the weights."""
-    needing = next(name for name in names if name not in reference.WEIGHT_ONLY)
-    count = len(layers.weights)
-    if grads is None:
-        raise ValueError(f"criterion {needing!r} needs gradients: pass grads, one for each weight")
-    if len(grads) != count:
-        raise wrong_length("grads", len(grads), count, "weights")
-    if bias_grads is not None and len(bias_grads) != count:
-        raise wrong_length("bias_grads", len(bias_grads), count, "weights")
-    checked: list[Tensor] = []
-    checked_biases: list[Tensor] = []
-    for i, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
-        bias_grad = bias_grads[i] if bias_grads is not None else None
-        if bias.numel() == 0:
-            bias_grad = bias
-        pairs = (
-            (f"grads[{i}]", grads[i], weight, checked),
-            (f"bias_grads[{i}]", bias_grad, bias, checked_biases),
-        )
-        for argument, grad, tensor, found in pairs:
-            if grad is None:
-                raise ValueError(
-                    f"{argument} is None, but criterion {needing!r} needs gradients: "
-                    "call backward() first"
-                )
-            if grad.shape != tensor.shape or grad.device != tensor.device:
-                raise ValueError(
-                    f"{argument} has shape {tuple(grad.shape)} on {grad.device}, expected "
-                    f"{tuple(tensor.shape)} on {tensor.device}"
-                )
-            found.append(_like(grad, tensor))
-    return Layers(checked, checked_biases, layers.groups)
-
-
-def _like(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient in the dtype and memory order of its weight, copied only where it must be."""
-    if grad.dtype == weight.dtype and grad.stride()[1:] == weight.stride()[1:]:
-        return grad
-    return torch.empty_like(weight).copy_(grad)
 
 
 def _flat_scores(
@@ -417,8 +396,8 @@ def filter_correlation(weights: Sequence[Tensor]) -> list[Tensor]:  # each [n, n
     """
     correlations = []
     for matrix in gram(weights):
-        norms = matrix.diagonal().sqrt()
-        inverse = torch.where(norms > 0, 1 / norms, 0)
+        norms = _square_root(matrix.diagonal())
+        inverse = torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1), 0)
         correlations.append(inverse.unsqueeze(1) * matrix * inverse)
     return correlations
 
@@ -432,5 +411,11 @@ def filter_distances(weights: Sequence[Tensor]) -> list[Tensor]:  # each [n, n]
     distances = []
     for matrix in gram(weights):
         square = matrix.diagonal()
-        distances.append((square.unsqueeze(1) + square - 2 * matrix).clamp_min(0).sqrt())
+        distances.append(_square_root(square.unsqueeze(1) + square - 2 * matrix))
     return distances
+
+
+def _square_root(square: Tensor) -> Tensor:
+    """The root of what is positive, else 0, with gradient 0 there instead of NaN."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)

@@ -26,13 +26,16 @@ class FilterLayer:
     @property
     def weight(self) -> Tensor:  # [n, ...], the output dimension first
         """The filters; a view of the parameter but for grouped transposed convolutions (a copy)."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return self.rows(self.module.weight)  # type: ignore[arg-type]
+
+    def rows(self, tensor: Tensor) -> Tensor:  # [n, ...]
+        """Filters first: a tensor shaped as the parameter (its gradient, say), like `weight`."""
         if self.kind != "transposed":
-            return weight
+            return tensor
         if self.groups == 1:
-            return weight.transpose(0, 1)
+            return tensor.transpose(0, 1)
         # [groups * i, o, ...] -> [groups * o, i, ...]
-        by_group: Tensor = weight.unflatten(0, (self.groups, -1))
+        by_group: Tensor = tensor.unflatten(0, (self.groups, -1))
         return by_group.transpose(1, 2).flatten(0, 1)
 
     @property
@@ -40,6 +43,19 @@ class FilterLayer:
         """The bias of the filters, if the layer has one."""
         bias: Tensor | None = self.module.bias  # type: ignore[assignment]
         return bias
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the weight, or the tensors it is computed from, require a gradient."""
+        return any(p.requires_grad for p in self.weight_parameters())
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """The parameters behind the weight: itself, or those of its parametrization."""
+        own = self.module._parameters.get("weight")
+        if own is not None:
+            return [own]
+        parametrizations = getattr(self.module, "parametrizations", {})
+        return list(parametrizations["weight"].parameters())
 
     @property
     def filters(self) -> int:
@@ -63,7 +79,8 @@ class SkippedLayer:
     reason: str
 
 
-def _kind(module: nn.Module) -> str | None:
+def layer_kind(module: nn.Module) -> str | None:
+    """The kind of a layer with filters, as in :class:`FilterLayer`; None for other modules."""
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, _TRANSPOSED):
@@ -104,11 +121,23 @@ def inspect_layers(model: nn.Module) -> tuple[list[FilterLayer], list[SkippedLay
     for name, module in model.named_modules():
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
             raise ValueError(f"layer {name!r} is lazy: run one forward pass before this")
-        kind = _kind(module)
+        kind = layer_kind(module)
         if kind is None:
             skipped.extend(_foreign(name, module))
             continue
-        owner = seen.setdefault(_parameter_key(module), name)
+        key = _parameter_key(module)
+        if key is None:
+            skipped.append(
+                SkippedLayer(
+                    name,
+                    kind,
+                    "a forward hook recomputes its weight (torch.nn.utils.prune, or the old "
+                    "weight_norm and spectral_norm): make it permanent with prune.remove, or use "
+                    "torch.nn.utils.parametrizations",
+                )
+            )
+            continue
+        owner = seen.setdefault(key, name)
         if owner != name:
             skipped.append(SkippedLayer(name, kind, f"shares its weight with {owner!r}"))
             continue
@@ -117,12 +146,13 @@ def inspect_layers(model: nn.Module) -> tuple[list[FilterLayer], list[SkippedLay
     return found, skipped
 
 
-def _parameter_key(module: nn.Module) -> int:
+def _parameter_key(module: nn.Module) -> int | None:
     """Identifies the parameter behind module.weight, also through parametrizations."""
     parametrizations = getattr(module, "parametrizations", None)
     if parametrizations is not None and "weight" in parametrizations:
         return id(parametrizations["weight"])
-    return id(module.weight)
+    weight = module._parameters.get("weight")
+    return None if weight is None else id(weight)
 
 
 def _foreign(name: str, module: nn.Module) -> list[SkippedLayer]:

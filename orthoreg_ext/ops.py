@@ -150,7 +150,8 @@ def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         matrices = reference.filter_matrices(weight, bias, groups[i])
         turned = pieces[i].view(sizes[i])
         turned = turned + turned.mT
-        along = matrices @ turned if columns[i] else turned @ matrices
+        with torch.autocast(matrices.device.type, enabled=False):
+            along = matrices @ turned if columns[i] else turned @ matrices
         weight_grad, bias_grad = _like_layer(along, weight, bias)
         weight_grads.append(weight_grad)
         bias_grads.append(bias_grad)

@@ -4,8 +4,9 @@ An entrywise penalty is P(W) = sum_ij phi(R_ij), where R is the residual of the 
 G - I where the target is the identity, G with a zero diagonal where only pairs count. Its gradient
 is 2 phi'(R) W (side "rows", G = W W^T) or 2 W phi'(R) (side "cols", G = W^T W).
 
-A new penalty is one row here and, to run compiled, one functor of the same name in
-csrc/common/entrywise.h; tests/test_gram_penalty.py then covers it.
+A new penalty is one row here and one functor of the same name in csrc/common/entrywise.h, which the
+CPU and the CUDA kernels share; tests/test_gram_penalty.py then covers it. Without the functor the
+row says compiled=False, and the reference runs it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Penalty:
         curvature: phi'', entrywise, almost everywhere.
         sides_agree: whether the values on the two sides differ by exactly n - k with equal
             gradients, so that the smaller Gram matrix serves for both.
+        compiled: whether csrc/common/entrywise.h has a functor of that name.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Penalty:
     slope: Callable[[Tensor], Tensor]
     curvature: Callable[[Tensor], Tensor]
     sides_agree: bool = False
+    compiled: bool = True
 
 
 def _twice(r: Tensor) -> Tensor:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from . import functional
 from .arguments import SIDES
+from .diagnostics import LayerReport, Report, mean_correlation
 from .errors import choose, unknown_name
 from .layers import FilterLayer, SkippedLayer, inspect_layers
 from .penalties import get_penalty
@@ -38,53 +39,6 @@ def _normalised(weights: list[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """One regularised layer: what it is, its share of the term, its filters' correlation."""
-
-    name: str
-    kind: str
-    filters: int
-    groups: int
-    fan_in: int
-    side: str
-    weight: float
-    penalty: float
-    correlation: float  # mean |cosine| over the pairs of filters in a group; nan without a pair
-
-
-@dataclass(frozen=True)
-class Report:
-    """The regularised layers, and the skipped ones with the reason."""
-
-    rows: list[LayerReport]
-    skipped: list[SkippedLayer]
-
-    def __iter__(self) -> Iterator[LayerReport]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> LayerReport:
-        return self.rows[index]
-
-    def __str__(self) -> str:
-        names = [r.name for r in self.rows] + [s.name for s in self.skipped]
-        width = max([len(name) for name in names] + [5])
-        lines = [
-            f"{'layer':<{width}}  {'kind':<10} {'filters':>7} {'groups':>6} {'fan-in':>6} "
-            f"{'side':<4} {'weight':>8} {'penalty':>11} {'mean |cos|':>10}"
-        ]
-        lines += [
-            f"{r.name:<{width}}  {r.kind:<10} {r.filters:>7} {r.groups:>6} {r.fan_in:>6} "
-            f"{r.side:<4} {r.weight:>8.4f} {r.penalty:>11.4g} {r.correlation:>10.4f}"
-            for r in self.rows
-        ]
-        lines += [f"{s.name:<{width}}  {s.kind:<10} skipped: {s.reason}" for s in self.skipped]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
 class _Term:
     """The regularised layers of one device, with everything that is fixed until they change."""
 
@@ -93,6 +47,7 @@ class _Term:
     with_bias: list[bool]
     factors: list[float]
     coefficients: Tensor  # [L], on the device
+    subsets: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Any]:
         """The current parameters, as arguments of a functional call."""
@@ -105,12 +60,75 @@ class _Term:
             "groups": [layer.groups for layer in self.layers],
         }
 
+    def owned(self, parameters: set[int]) -> tuple[dict[str, Any], Tensor] | None:
+        """Arguments and coefficients of the layers with a parameter of that set.
+
+        Of those, tensors outside the set are detached: some other optimizer steps them.
+        """
+        taken, weights, biases = [], [], []
+        for i, layer in enumerate(self.layers):
+            bias = layer.bias if self.with_bias[i] else None
+            mine = any(id(p) in parameters for p in layer.weight_parameters())
+            bias_mine = bias is not None and id(bias) in parameters
+            if mine or bias_mine:
+                taken.append(i)
+                weights.append(layer.weight if mine else layer.weight.detach())
+                biases.append(bias if bias is None or bias_mine else bias.detach())
+        if not taken:
+            return None
+        key = tuple(taken)
+        if key not in self.subsets:
+            whole = len(taken) == len(self.layers)
+            self.subsets[key] = self.coefficients if whole else self.coefficients[taken]
+        groups = [self.layers[i].groups for i in taken]
+        return {"weights": weights, "biases": biases, "groups": groups}, self.subsets[key]
+
 
 @dataclass
 class _Plan:
     key: tuple[Any, ...] = ()
     terms: list[_Term] = field(default_factory=list)
     skipped: list[SkippedLayer] = field(default_factory=list)
+
+
+class Attachment:
+    """A regulariser on one optimizer, with a step number of its own."""
+
+    def __init__(
+        self, regularizer: OrthoRegularizer, optimizer: torch.optim.Optimizer, step: int
+    ) -> None:
+        self.step = step
+        self._regularizer = regularizer
+        self._optimizer = weakref.ref(optimizer)
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        """Detaches; the optimizer's steps no longer carry the term."""
+        self._handle.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._regularizer._attached.pop(optimizer, None)
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add(optimizer)
+            return None
+
+        def with_term() -> Any:  # the closure zeroes the gradients and fills them anew
+            loss = closure()
+            self._add(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": with_term}
+        return (args[0], with_term, *args[2:]), kwargs
+
+    def _add(self, optimizer: torch.optim.Optimizer) -> None:
+        step, self.step = self.step, self.step + 1
+        self._regularizer._add_gradient(optimizer, self._regularizer._factor(step))
 
 
 class OrthoRegularizer:
@@ -170,10 +188,14 @@ class OrthoRegularizer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not math.isfinite(strength) or strength < 0:
+        if not _is_factor(strength):
             raise ValueError(f"strength is {strength!r}, expected a finite number of at least 0")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every!r}, expected a positive number of steps")
+        if not isinstance(max_dim, int) or max_dim < 1:
+            raise ValueError(f"max_dim is {max_dim!r}, expected a positive number of rows")
+        if schedule is not None and not callable(schedule):
+            raise TypeError(f"schedule is {schedule!r}, expected a function of the step number")
         if bias not in (True, False, "conv"):
             raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
         if isinstance(layer_weights, str):
@@ -185,11 +207,14 @@ class OrthoRegularizer:
         self.layer_weights = layer_weights
         self.every = every
         self.schedule = schedule
-        self.step = 0
+        self.step = 0  # calls of this object; attached optimizers count their own steps
         self._include, self._exclude = include, exclude
         self._bias, self._max_dim = bias, max_dim
         self._plan = _Plan()
-        self._attached: list[int] = []
+        self._attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Attachment] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._loaded_steps: list[int] = []
         self._check_names()
         plan = self._current()
         if not plan.terms:
@@ -204,7 +229,12 @@ class OrthoRegularizer:
 
     def __call__(self) -> Tensor:
         """Returns the term, a differentiable scalar in the weights' computing precision."""
-        plan, factor = self._current(), self._advance()
+        plan = self._current()
+        if torch.compiler.is_compiling() and self.every == 1 and self.schedule is None:
+            factor = self.strength  # a step number would be a constant of the graph
+        else:
+            step, self.step = self.step, self.step + 1
+            factor = self._factor(step)
         if factor == 0 or not plan.terms:
             device = plan.terms[0].coefficients.device if plan.terms else None
             return torch.zeros((), device=device)
@@ -216,55 +246,52 @@ class OrthoRegularizer:
         assert total is not None
         return total
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Adds the term's gradient before each step of the optimizer.
+    def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
+        """Adds the term's gradient before each step of the optimizer, after its closure if any.
 
-        Only layers whose weight is one of the optimizer's parameters are touched, so models with
-        several optimizers attach to each. Under a GradScaler whose fused optimizer unscales by
-        itself the term is scaled alike.
+        Only parameters of the optimizer are touched, so models with several optimizers attach to
+        each; `every` and `schedule` count the steps of each by itself. Under a GradScaler whose
+        fused optimizer unscales by itself the term is scaled alike.
 
         Returns:
-            A handle whose ``remove()`` detaches.
+            An object whose ``remove()`` detaches.
 
         Raises:
             ValueError: already attached to this optimizer, it holds none of the layers, or it
-                calls a closure several times a step (LBFGS): use ``loss + reg()`` there.
+                calls its closure several times a step (LBFGS): use ``loss + reg()`` there.
         """
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 "LBFGS evaluates its closure many times a step: use loss + reg() instead"
             )
-        if id(optimizer) in self._attached:
+        if optimizer in self._attached:
             raise ValueError("this regulariser is attached to this optimizer already")
         owned = _parameters_of(optimizer)
-        if not any(_owns(owned, layer) for term in self._current().terms for layer in term.layers):
+        if not any(term.owned(owned) for term in self._current().terms):
             raise ValueError(
                 "the optimizer holds none of the regularised layers: pass it model.parameters(), "
                 "and attach again after parameters were replaced"
             )
-        handle = optimizer.register_step_pre_hook(self._before_step)
-        self._attached.append(id(optimizer))
-        return handle
+        step = self._loaded_steps.pop(0) if self._loaded_steps else 0
+        self._attached[optimizer] = Attachment(self, optimizer, step)
+        return self._attached[optimizer]
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        factor = self._advance()
+    def _add_gradient(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
         if factor == 0:
             return
         scale = getattr(optimizer, "grad_scale", None)
         owned = _parameters_of(optimizer)
         for term in self._current().terms:
-            mine = [i for i, layer in enumerate(term.layers) if _owns(owned, layer)]
-            if not mine:
-                continue
-            arguments = {key: [value[i] for i in mine] for key, value in term.tensors().items()}
-            coefficients = term.coefficients
-            functional.add_gram_penalty_grad_(
-                penalty=self.penalty,
-                strength=factor if scale is None else scale.to(coefficients.device) * factor,
-                side=self.side,
-                coefficients=coefficients if len(mine) == len(term.layers) else coefficients[mine],
-                **arguments,
-            )
+            mine = term.owned(owned)
+            if mine is not None:
+                tensors, coefficients = mine
+                functional.add_gram_penalty_grad_(
+                    penalty=self.penalty,
+                    strength=factor if scale is None else scale.to(coefficients.device) * factor,
+                    side=self.side,
+                    coefficients=coefficients,
+                    **tensors,
+                )
 
     def report(self) -> Report:
         """Measures every layer: its penalty, its factor in the term, its filters' correlation."""
@@ -290,39 +317,49 @@ class OrthoRegularizer:
         return Report(rows, plan.skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs: the step number and the settings it belongs to."""
-        return {"step": self.step, **self._settings()}
+        """Returns what a resumed run needs: the step numbers and the settings they belong to.
+
+        The steps of attached optimizers are in the order in which they were attached.
+        """
+        steps = [attachment.step for attachment in self._attached.values()]
+        return {"step": self.step, "attached_steps": steps, **self._settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a :meth:`state_dict`.
+        """Continues from a :meth:`state_dict`; optimizers may be attached before or after.
 
         Raises:
             ValueError: the state is of a regulariser with other settings, or incomplete.
         """
         settings = self._settings()
-        missing = {"step", *settings} - set(state)
+        missing = {"step", "attached_steps", *settings} - set(state)
         if missing:
-            raise ValueError(
-                f"state has no {', '.join(sorted(missing))}: is it a state_dict of this?"
-            )
+            names = ", ".join(sorted(missing))
+            raise ValueError(f"state has no {names}: is it the state_dict of an OrthoRegularizer?")
         for key, value in settings.items():
             if state[key] != value:
                 raise ValueError(
                     f"state was saved with {key}={state[key]!r}, but this regulariser has {value!r}"
                 )
         self.step = int(state["step"])
+        self._loaded_steps = [int(step) for step in state["attached_steps"]]
+        for attachment in self._attached.values():
+            if self._loaded_steps:
+                attachment.step = self._loaded_steps.pop(0)
 
     def _settings(self) -> dict[str, Any]:
+        weights = self.layer_weights
         return {
             "penalty": self.penalty,
             "strength": self.strength,
             "side": self.side,
+            "layer_weights": weights if isinstance(weights, str) else dict(weights),
+            "bias": self._bias,
             "every": self.every,
+            "layers": [layer.name for term in self._current().terms for layer in term.layers],
         }
 
-    def _advance(self) -> float:
-        """Counts a call; returns the factor of the term in it, 0 where it is left out."""
-        step, self.step = self.step, self.step + 1
+    def _factor(self, step: int) -> float:
+        """The factor of the term in a step, 0 where it is left out."""
         if step % self.every:
             return 0.0
         factor = self.schedule(step) if self.schedule else 1.0
@@ -330,14 +367,16 @@ class OrthoRegularizer:
 
     def _current(self) -> _Plan:
         """The plan for the parameters the model has now."""
-        found, skipped = inspect_layers(self.model)
+        if torch.compiler.is_compiling() and self._plan.key:
+            return self._plan  # a graph is of fixed layers anyway
         key = tuple(
-            (layer.name, id(layer.module), w.shape, w.requires_grad, w.device)
-            for layer in found
-            for w in (layer.module.weight,)
+            (id(module), id(p), p.requires_grad, p.device, p.shape)
+            for module in self.model.modules()
+            for p in module._parameters.values()
+            if p is not None
         )
         if key != self._plan.key or not key:
-            self._plan = self._make_plan(key, found, skipped)
+            self._plan = self._make_plan(key, *inspect_layers(self.model))
         return self._plan
 
     def _make_plan(
@@ -354,7 +393,7 @@ class OrthoRegularizer:
         factors = self._factors(taken)
         by_device: dict[torch.device, list[int]] = {}
         for i, layer in enumerate(taken):
-            by_device.setdefault(layer.weight.device, []).append(i)
+            by_device.setdefault(layer.weight_parameters()[0].device, []).append(i)
         terms = [
             _Term(
                 layers=[taken[i] for i in indices],
@@ -372,7 +411,7 @@ class OrthoRegularizer:
             return "excluded by exclude="
         if self._include is not None and not _selects(self._include, layer):
             return "not selected by include="
-        if not layer.weight.requires_grad:
+        if not layer.trainable:
             return "frozen: its weight does not require a gradient"
         if layer.filters == 0 or layer.fan_in == 0:
             return "it has no filters"
@@ -414,22 +453,18 @@ class OrthoRegularizer:
                 if not fnmatch.filter(names, pattern):
                     raise unknown_name(f"layer in {argument}=", pattern, names)
         if not isinstance(self.layer_weights, str):
-            for name in self.layer_weights:
+            for name, weight in self.layer_weights.items():
                 if name not in names:
                     raise unknown_name("layer in layer_weights=", name, names)
+                if not _is_factor(weight):
+                    raise ValueError(
+                        f"layer_weights[{name!r}] is {weight!r}, expected a finite number of at "
+                        "least 0"
+                    )
 
 
-def mean_correlation(layer: FilterLayer) -> float:
-    """The mean |cosine| over the pairs of filters in each group of a layer; nan without a pair."""
-    n = layer.filters // layer.groups
-    if n < 2:
-        return math.nan
-    groups = layer.weight.detach().flatten(1).split(n)
-    total = sum(
-        (cosine.abs().sum() - cosine.diagonal().abs().sum())
-        for cosine in functional.filter_correlation(groups)
-    )
-    return float(total) / (layer.groups * n * (n - 1))
+def _is_factor(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
 
 
 def _patterns(selector: Selector | None) -> list[str]:
@@ -446,7 +481,3 @@ def _selects(selector: Selector, layer: FilterLayer) -> bool:
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _owns(owned: set[int], layer: FilterLayer) -> bool:
-    return any(id(p) in owned for p in layer.module.parameters())

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ def test_broken_operators_warn_once_and_the_reference_runs(
     assert re.search(r"_C\.abi3\.so: (invalid ELF header|file too short)", reason), reason
     assert reason in errors
     assert info["compiled"]["loaded"] is False
-    assert info["cpu"] == {"compiled": False, "levels": [], "runs": "reference"}
+    assert info["cpu"] == {"compiled": False, "levels": [], "runs": "reference", "reason": ""}
     assert info["cuda"]["usable"] is False
     assert info["cuda"]["reason"] == reason
 
@@ -145,6 +147,13 @@ def test_architectures_that_run_on_a_gpu(
     assert build_module._runs_on(capability, architectures) is runs
 
 
+@pytest.fixture(autouse=True)
+def asked_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No answer that an earlier test was given, no warning that it had."""
+    monkeypatch.setattr(build_module, "_cuda_reasons", {})
+    monkeypatch.setattr(build_module, "_warned", set())
+
+
 class _Operators:
     def __init__(self, has_cuda: bool) -> None:
         self._torch_has_cuda = lambda: has_cuda
@@ -180,7 +189,7 @@ def test_why_cuda_does_not_run(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=0: (9, 0))
     monkeypatch.setattr(torch.ops, "orthoreg", _Operators(stream))
-    told = build_module._find_cuda_reason()
+    told = build_module.cuda_reason()
     assert told.startswith(expected)
     assert bool(told) is bool(expected)
 
@@ -194,8 +203,100 @@ def test_gpu_without_matching_kernels_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=0: (7, 0))
     monkeypatch.setattr(torch.ops, "orthoreg", _Operators(True))
-    told = build_module._find_cuda_reason()
+    told = build_module.cuda_reason()
     assert "built for architectures 80-real 90, the GPU has compute capability 7.0" in told
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A machine with a GPU that the kernels run on, and one that they do not; the current one."""
+    current = [0]
+    monkeypatch.setattr(build_module, "compiled", True)
+    monkeypatch.setattr(build_module, "cuda_compiled", True)
+    monkeypatch.setattr(build_module, "_build", {"cuda_architectures": ["80-real"]})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    capabilities = [(8, 6), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: capabilities[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: f"GPU {i}")
+    monkeypatch.setattr(torch.ops, "orthoreg", _Operators(True))
+    return current
+
+
+def test_every_gpu_is_answered_for_itself(two_gpus: list[int]) -> None:
+    assert build_module.cuda_reason() == ""
+    assert build_module.cuda_reason(0) == ""
+    assert "GPU 1 has compute capability 7.5" in build_module.cuda_reason(1)
+    assert build_info()["cuda"]["usable"] is True
+    two_gpus[0] = 1
+    assert "GPU 1 has compute capability 7.5" in build_module.cuda_reason()
+    assert build_info()["cuda"]["usable"] is False
+    with pytest.raises(ValueError, match="index is 2; expected 0 to 1"):
+        build_module.cuda_reason(2)
+
+
+def test_gpu_of_a_process_that_has_not_used_it_is_the_first(
+    two_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_gpus[0] = 1
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert build_module.cuda_reason() == ""
+
+
+def test_fallback_on_a_gpu_warns_once_with_the_reason(
+    two_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_module.warn_cuda_fallback_once()  # the kernels run there
+    with pytest.warns(RuntimeWarning, match=r"compute capability 7\.5.* runs in their place"):
+        build_module.warn_cuda_fallback_once(1)
+    monkeypatch.setattr(build_module, "cuda_compiled", False)
+    monkeypatch.setattr(build_module, "_build", {"cuda_reason": "nvcc is not found"})
+    monkeypatch.setattr(build_module, "_cuda_reasons", {})
+    with pytest.warns(RuntimeWarning, match="built without CUDA kernels: nvcc is not found"):
+        build_module.warn_cuda_fallback_once()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_module.warn_cuda_fallback_once()
+        build_module.warn_cuda_fallback_once(1)
+
+
+@pytest.mark.parametrize("lacking", ["torch", "GPU", "binary"])
+def test_fallback_is_silent_where_nothing_was_to_be_expected(
+    lacking: str, two_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "cuda_compiled", False)
+    if lacking == "torch":
+        monkeypatch.setattr(torch.version, "cuda", None)
+    elif lacking == "GPU":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    else:  # installed without compiled modules: chosen, or warned of when it was loaded
+        monkeypatch.setattr(build_module, "compiled", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_module.warn_cuda_fallback_once()
+
+
+def test_wrong_environment_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> str:
+        raise RuntimeError("ORTHOREG_EXT_CPU=mmx is unknown; valid: generic")
+
+    monkeypatch.setattr(build_module, "compiled", True)
+    operators = _Operators(False)
+    operators._cpu_level = wrong  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.ops, "orthoreg", operators)
+    monkeypatch.setenv("ORTHOREG_EXT_BACKEND", "cuda")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    info = build_info()
+    assert info["cpu"]["runs"] is None
+    assert info["cpu"]["reason"] == "ORTHOREG_EXT_CPU=mmx is unknown; valid: generic"
+    assert info["backend"] == "cuda"
+    assert info["backend_reason"].startswith("backend 'cuda' cannot run here: ")
+    assert json.loads(json.dumps(info)) == info
 
 
 def test_gpu_kernels_are_usable_where_a_gpu_is() -> None:

@@ -4,12 +4,15 @@ import importlib
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import orthoreg_ext as ox
 from orthoreg_ext import cli
@@ -45,6 +48,30 @@ def test_info_says_why_not() -> None:
     assert "GPU                 not used: no GPU is visible" in text
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "text"),
+    [
+        ("ORTHOREG_EXT_BACKEND", "cuda", "backend 'cuda' cannot run here: "),
+        ("ORTHOREG_EXT_BACKEND", "cdua", "unknown backend 'cdua'; did you mean 'cuda'?"),
+        ("ORTHOREG_EXT_CPU", "mmx", "ORTHOREG_EXT_CPU=mmx is unknown"),
+    ],
+)
+def test_info_explains_a_wrong_environment(variable: str, value: str, text: str) -> None:
+    info = ox.build_info()
+    if (value == "cuda" and info["cuda"]["usable"]) or not info["compiled"]["loaded"]:
+        pytest.skip("this environment is not wrong here")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), variable: value}
+    done = subprocess.run(
+        [sys.executable, "-m", "orthoreg_ext.cli", "info"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    line = next(line for line in done.stdout.splitlines() if text in line)
+    assert line.startswith("CPU runs" if variable == "ORTHOREG_EXT_CPU" else "backend")
+
+
 def test_info_needs_no_optional_package() -> None:
     code = (
         "import sys\n"
@@ -59,7 +86,7 @@ def test_info_needs_no_optional_package() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
-    assert "pip install orthoreg_ext[demo]" in one_line(done.stderr)
+    assert "pip install orthoreg_ext[cli]" in one_line(done.stderr)
 
 
 def test_a_whole_run_from_the_command_line(tmp_path: Path) -> None:
@@ -171,7 +198,7 @@ def test_a_missing_package_names_the_extra(
     monkeypatch.setattr(importlib, "import_module", missing)
     assert cli.main(["prune", "--out", str(tmp_path / "out"), *TINY]) == 2
     error = one_line(capsys.readouterr().err)
-    assert "sklearn is not installed; install it with: pip install orthoreg_ext[demo]" in error
+    assert "sklearn is not installed; install it with: pip install orthoreg_ext[cli]" in error
 
 
 class Terminal(io.StringIO):
@@ -191,3 +218,92 @@ def test_a_terminal_gets_a_live_bar_and_a_table(
     assert "\x1b[" in text
     assert "cut by fisher: 442 -> 226 filters" in text
     assert "MACs of one image" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("model.pt2 differs\nfrom the network"), "model.pt2 differs from the network"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "smaller --batch-size"),
+        (MemoryError(), "the memory does not suffice"),
+    ],
+)
+def test_what_fails_on_the_way_is_one_line_and_the_state_is_kept(
+    error: Exception,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("orthoreg_ext.experiment.job.train_epoch", fail)
+        assert cli.main(["prune", "--out", str(out), *TINY]) == 1
+    assert text in one_line(capsys.readouterr().err)
+    assert [path.name for path in out.iterdir()] == ["state.safetensors"]
+    assert cli.main(["prune", "--out", str(out), "--resume", "--quiet"]) == 0
+
+
+def test_a_terminal_without_rich_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    for more in ([], ["--quiet"]):
+        assert cli.main(["prune", "--out", str(tmp_path / "out"), *TINY, *more]) == 2
+        assert "rich is not installed" in one_line(capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_one_extra_has_what_the_command_needs() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    table = text.split("[project.optional-dependencies]")[1].split("\n[project.scripts]")[0]
+    extras = [line.split(" = ")[0] for line in table.splitlines() if " = [" in line]
+    assert extras == ["pruning", "cli", "test", "lint", "dev"]
+    named = {
+        name
+        for path in [ROOT / "Makefile", *(ROOT / "orthoreg_ext").rglob("*.py")]
+        for name in re.findall(r"orthoreg_ext\[(\w+)\]|packages-(\w+)", path.read_text())
+    }
+    assert {a or b for a, b in named} <= set(extras)
+
+
+def test_the_default_folder_is_ignored_by_git() -> None:
+    options = cli._parser().parse_args(["prune"])
+    assert f"{options.out}/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    return subprocess.run(
+        ["make", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_demo_continues_and_deletes_nothing(tmp_path: Path) -> None:
+    done = make("-n", "demo", f"DEMO_OUT={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if str(tmp_path) in line]
+    assert not [line for line in lines if "rm -" in line.split("echo")[0]]
+    assert sum("orthoreg prune --resume --out" in line for line in lines) == 1
+    assert any("start over" in line for line in lines)
+
+
+def test_make_removes_no_folder_that_is_no_environment(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    done = make(f"{tmp_path}/stamps/environment", f"VENV={tmp_path}", "PYTHON=false")
+    assert done.returncode != 0
+    assert (tmp_path / "thesis.tex").exists()
+    assert "is no virtual environment" in done.stderr
+    lines = make("-n", "clean", f"VENV={tmp_path}").stdout.splitlines()  # never run from here
+    removal = next(i for i, line in enumerate(lines) if f"rm -rf {tmp_path}" in line)
+    assert any("is no virtual environment" in line for line in lines[:removal])

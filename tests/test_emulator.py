@@ -254,6 +254,19 @@ def test_a_failed_launch_is_an_exception_under_sanitizers_too(
     assert done.stdout.endswith(f"{sum(range(32))}\n")
 
 
+def test_a_report_fails_a_run_whose_tests_pass(bug_libraries: Any, tmp_path: Path) -> None:
+    library = bug_libraries("row_sum", "MISSING_SYNC", "thread")
+    test = tmp_path / "test_bug.py"
+    test.write_text(
+        "from pathlib import Path\nfrom tests.emu import bugs\n"
+        f"def test_it_runs():\n    bugs.run(Path({str(library)!r}))\n"
+    )
+    done = sanitize.run("thread", ["-q", f"--rootdir={tmp_path}", str(test)])
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode != 0
+    assert re.search(r"data race tests/emu/bugs/row_sum\.cu:\d+", done.stderr)
+
+
 # The translator and the build
 
 

@@ -67,7 +67,7 @@ CASES = [
     (
         lambda: F.gram_penalty([W], coefficients=[1.0, 2.0]),
         ValueError,
-        "coefficients has 2 entries, expected 1",
+        r"coefficients has shape \(2,\), expected \[1\]: one for each",
     ),
     (
         lambda: F.gram_penalty([W], pruned=[None, None]),

@@ -92,6 +92,28 @@ def test_channels_last_and_a_contiguous_gradient(target: Target, dim: int) -> No
         torch.testing.assert_close(got[criterion], want[criterion])
 
 
+def test_kernel_dimensions_in_any_order(target: Target) -> None:
+    weight = torch.randn(4, 3, 2, 5, device=target.device).transpose(2, 3)
+    (scores,) = F.filter_scores([weight], dim=1)["l1"]
+    torch.testing.assert_close(scores, weight.abs().sum((0, 2, 3)))
+
+
+def test_float32_gradients_of_half_weights_are_not_rounded(target: Target) -> None:
+    weight = torch.ones(2, 8, dtype=torch.float16, device=target.device)
+    grad = torch.full((2, 8), 1e-9, device=target.device)
+    (scores,) = F.filter_scores([weight], [grad], ("taylor",))["taylor"]
+    torch.testing.assert_close(scores.cpu(), torch.full((2,), 8e-9))
+
+
+def test_bias_gradient_in_any_layout(target: Target) -> None:
+    weight, bias = torch.zeros(3, 2, device=target.device), torch.ones(3, device=target.device)
+    grads = torch.arange(6.0, device=target.device).view(3, 2)[:, 1]
+    (scores,) = F.filter_scores([weight], [weight], ("taylor",), biases=[bias], bias_grads=[grads])[
+        "taylor"
+    ]
+    assert scores.tolist() == [1.0, 3.0, 5.0]
+
+
 def test_one_dimensional_weights_score_each_entry(target: Target) -> None:
     gamma = torch.tensor([1.0, -2.0, 0.0], device=target.device)
     (scores,) = F.filter_scores([gamma], criteria=("l1",))["l1"]

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import orthoreg_ext as ox
 import orthoreg_ext.functional as F
@@ -257,7 +258,10 @@ def test_state_dict_continues_the_schedule(net: Net) -> None:
     assert other().item() == 0.0
     with pytest.raises(ValueError, match="saved with every=3, but this regulariser has 1"):
         ox.OrthoRegularizer(net).load_state_dict(reg.state_dict())
-    with pytest.raises(ValueError, match="state has no every, penalty, side, strength"):
+    with pytest.raises(
+        ValueError,
+        match="state has no attached_steps, bias, every, layer_weights, layers, penalty, side",
+    ):
         reg.load_state_dict({"step": 1})
 
 
@@ -324,6 +328,113 @@ def test_training_makes_the_filters_orthonormal(target: Target) -> None:
     assert row.correlation < before / 100
 
 
+def test_closure_of_a_step_does_not_lose_the_term(net: Net, target: Target) -> None:
+    x = torch.randn(2, 3, 4, 4, device=target.device)
+    (net(x).sum() + ox.OrthoRegularizer(net, strength=1.0)()).backward()
+    want = net.fc.weight.detach() - net.fc.weight.grad
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    ox.OrthoRegularizer(net, strength=1.0).attach(optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = net(x).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) is not None
+    torch.testing.assert_close(net.fc.weight.detach(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_every_counts_the_steps_of_each_optimizer(net: Net) -> None:
+    reg = ox.OrthoRegularizer(net, every=2)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (net.conv, net.fc)]
+    for optimizer in optimizers:
+        reg.attach(optimizer)
+    for step in range(4):
+        before = [net.conv.weight.clone(), net.fc.weight.clone()]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            optimizer.step()
+        moved = [
+            not torch.equal(b, a.weight) for b, a in zip(before, (net.conv, net.fc), strict=True)
+        ]
+        assert moved == [step % 2 == 0] * 2
+    other = ox.OrthoRegularizer(net, every=2)
+    other.load_state_dict(reg.state_dict())
+    assert other.attach(torch.optim.SGD(net.conv.parameters(), lr=1.0)).step == 4
+
+
+def test_weight_and_bias_of_different_optimizers_get_the_term_once(net: Net) -> None:
+    reg = ox.OrthoRegularizer(net, strength=1.0)
+    reg().backward()
+    want = net.conv.weight.grad.clone(), net.conv.bias.grad.clone()
+    net.zero_grad()
+    weights = torch.optim.SGD([net.conv.weight], lr=0.0)
+    biases = torch.optim.SGD([net.conv.bias], lr=0.0)
+    reg.attach(weights)
+    reg.attach(biases)
+    weights.step()
+    biases.step()
+    torch.testing.assert_close(net.conv.weight.grad, want[0])
+    torch.testing.assert_close(net.conv.bias.grad, want[1])
+
+
+def test_detached_optimizer_can_be_attached_again(net: Net) -> None:
+    reg = ox.OrthoRegularizer(net)
+    for _ in range(3):
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        reg.attach(optimizer).remove()
+        reg.attach(optimizer)
+        del optimizer
+
+
+def test_bias_shared_by_layers_gets_both_gradients(target: Target) -> None:
+    first, second = nn.Conv2d(64, 32, 3).to(target.device), nn.Conv2d(64, 32, 3).to(target.device)
+    second.bias = first.bias
+    model = nn.Sequential(first, second)
+    reg = ox.OrthoRegularizer(model, "so", strength=1.0)
+    reg().backward()
+    want = first.bias.grad.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    reg.attach(optimizer)
+    for _ in range(5):
+        optimizer.zero_grad()
+        optimizer.step()
+        torch.testing.assert_close(first.bias.grad, want)
+
+
+def test_weights_that_hooks_recompute_are_skipped_with_the_remedy() -> None:
+    pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", 2)
+    reg = ox.OrthoRegularizer(nn.Sequential(pruned, nn.Linear(4, 4), nn.Linear(4, 2)))
+    assert [r.name for r in reg.report()] == ["1"]
+    assert "a forward hook recomputes its weight" in reg.report().skipped[0].reason
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attached_route_in_half_precision_and_under_autocast(net: Net, target, dtype) -> None:
+    half = copy.deepcopy(net).to(dtype)
+    reg = ox.OrthoRegularizer(half, strength=1.0)
+    reg().backward()
+    want = half.fc.weight.grad.clone()
+    half.zero_grad()
+    optimizer = torch.optim.SGD(half.parameters(), lr=0.0)
+    reg.attach(optimizer)
+    with torch.autocast(target.device.type, dtype=torch.bfloat16):
+        optimizer.step()
+    assert half.fc.weight.grad.dtype == dtype
+    torch.testing.assert_close(half.fc.weight.grad, want)
+
+
+def test_term_compiles_with_the_loss_into_one_graph(net: Net, target: Target) -> None:
+    reg = ox.OrthoRegularizer(net)
+    x = torch.randn(2, 3, 4, 4, device=target.device)
+    torch._dynamo.reset()
+    step = torch.compile(lambda x: net(x).sum() + reg(), fullgraph=True, backend="aot_eager")
+    net.eval()
+    torch.testing.assert_close(step(x), net(x).sum() + reg())
+    torch.testing.assert_close(step(x + 1), net(x + 1).sum() + reg())
+
+
 BAD = [
     (
         lambda: ox.OrthoRegularizer(nn.ReLU()),
@@ -341,6 +452,15 @@ BAD = [
         lambda: ox.OrthoRegularizer(nn.Linear(3, 3), strength=-1.0),
         "strength is -1.0, expected a finite number",
     ),
+    (
+        lambda: ox.OrthoRegularizer(nn.Linear(3, 3), strength="a"),
+        "strength is 'a', expected a finite number",
+    ),
+    (
+        lambda: ox.OrthoRegularizer(nn.Linear(3, 3), layer_weights={"": math.nan}),
+        "layer_weights.''. is nan, expected a finite number",
+    ),
+    (lambda: ox.OrthoRegularizer(nn.Linear(3, 3), max_dim=0), "max_dim is 0, expected a positive"),
     (lambda: ox.OrthoRegularizer(nn.Linear(3, 3), every=0), "every is 0, expected a positive"),
     (
         lambda: ox.OrthoRegularizer(nn.Linear(3, 3), bias="linear"),

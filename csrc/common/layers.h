@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -97,6 +98,9 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
     check_tensor(w, weights[0], "weights", i);
     STD_TORCH_CHECK(w.dim() > 0, "weights[", i, "] must be [filters, ...]");
     STD_TORCH_CHECK(has_dense_filters(w), "weights[", i, "] must have dense filters");
+    STD_TORCH_CHECK(
+        w.size(0) < INT32_MAX && w.numel() / std::max<int64_t>(w.size(0), 1) < INT32_MAX,
+        "weights[", i, "] has a dimension of 2^31 or more");
     STD_TORCH_CHECK(groups[i] > 0 && w.size(0) % groups[i] == 0, "groups[", i, "] = ", groups[i],
                     " does not divide the ", w.size(0), " filters");
     const bool with_bias = b.numel() > 0;
@@ -130,8 +134,18 @@ inline int64_t slopes_size(const std::vector<Layer>& layers) {
   return last.slopes + last.groups * last.m() * last.m();
 }
 
+// slopes: those that gram_penalty returned for these layers.
+inline void check_slopes(const Tensor& slopes, const std::vector<Tensor>& weights,
+                         const std::vector<Layer>& layers) {
+  check_tensor(slopes, weights[0], "slopes", 0);
+  STD_TORCH_CHECK(slopes.scalar_type() == compute_type(weights) && slopes.is_contiguous() &&
+                      slopes.numel() == slopes_size(layers),
+                  "slopes do not belong to these weights");
+}
+
 // coefficients: [L] in the computing precision.
 inline void check_coefficients(const Tensor& coefficients, const std::vector<Tensor>& weights) {
+  check_tensor(coefficients, weights[0], "coefficients", 0);
   STD_TORCH_CHECK(coefficients.scalar_type() == compute_type(weights) && coefficients.dim() == 1 &&
                       coefficients.numel() == static_cast<int64_t>(weights.size()) &&
                       coefficients.is_contiguous(),

@@ -86,6 +86,7 @@ inline std::vector<ScoreLayer> read_score_layers(const std::vector<Tensor>& weig
                  first};
     if (with_grads) {
       const Tensor& g = grads[i];
+      check_tensor(g, weights[0], "grads", i);
       STD_TORCH_CHECK(g.scalar_type() == w.scalar_type() && same_entry_order(g, w), "grads[", i,
                       "] must have the shape, type and memory order of weights[", i, "]");
       s.grad = g.const_data_ptr();

@@ -128,7 +128,7 @@ std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<T
                                       std::string) {
   const std::vector<Layer> layers = read_layers(weights, biases, groups, columns);
   check_coefficients(coefficients, weights);
-  STD_TORCH_CHECK(slopes.numel() == slopes_size(layers), "slopes do not belong to these weights");
+  check_slopes(slopes, weights, layers);
   std::vector<Tensor> grads, bias_grads;
   for (const Tensor& w : weights) grads.push_back(torch::stable::empty_like(w));
   for (const Tensor& b : biases) bias_grads.push_back(torch::stable::empty_like(b));

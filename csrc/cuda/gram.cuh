@@ -3,7 +3,7 @@
 // For every layer and group: G = W W^T or W^T W, then S = phi'(R) and the part of sum phi(R) that
 // this tile holds (Penalty = Plain stores G itself). One block of 256 threads computes one 64 x 64
 // tile of the lower triangle; blocks are numbered layer by layer, group by group (common/plan.h).
-// It reads 128 inner entries a flop row, writes its tile and, off the diagonal, the mirror image.
+// It reads 64 rows of each factor, writes its tile and, off the diagonal, the mirror image.
 //   cost: m^2 inner fused multiply-adds a matrix (half of G and the tiles' overhang), 2 m^2 stores
 // Bitwise repeatable: a tile is summed by one block in one order, the parts are added in order of
 // the blocks by finish_penalty.

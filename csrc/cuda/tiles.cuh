@@ -67,7 +67,7 @@ struct Slabs {
 // sum[x][y] = sum_p A(4 ty + x, p) B(p, 4 tx + y), with tx = thread % 16 and ty = thread / 16, for
 // A(i, p) = a(i, p) and B(p, j) = b(p, j), both 0 outside their matrix.
 //   a_along_inner, b_along_inner: whether neighbours in memory are neighbours in p (else in i, j).
-//   each_slab(slabs, depth) is called with every slab in shared memory.
+//   each_slab(slabs) is called with every slab in shared memory.
 // 2 kTile^2 flops and 2 kTile loads for each p. Two barriers a slab: after it is filled, and before
 // it is overwritten.
 template <class T, class A, class B, class EachSlab>

@@ -27,6 +27,7 @@ from .units import NEVER, Structure
 
 FORMAT = "orthoreg_ext.pruning/1"
 HISTORY, WEIGHTS = "history.json", "weights.safetensors"
+_TEMPORARY, _OLD = ".orthoreg-", "old-"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -47,7 +48,9 @@ def save(
             f"filters, expected {document['widths'][changed[0]]}; save the result of the last prune"
         )
     made = not directory.exists()
-    if not made and (not directory.is_dir() or (any(directory.iterdir()) and not overwrite)):
+    leftovers = _leftovers(directory)
+    empty = made or (directory.is_dir() and set(directory.iterdir()) == set(leftovers))
+    if not empty and not (overwrite and directory.is_dir()):
         raise FileExistsError(
             f"{directory} exists and is not an empty directory; choose another one, or pass "
             "overwrite=True to replace the checkpoint in it"
@@ -69,7 +72,22 @@ def save(
     finally:
         if made and directory.exists() and not any(directory.iterdir()):
             directory.rmdir()
+    for leftover in leftovers:  # last: till here they may hold the only copy of a file
+        shutil.rmtree(leftover, ignore_errors=True)  # the save is done, and they do not count
     return directory
+
+
+def _leftovers(directory: Path) -> list[Path]:
+    """The temporary folders of saves that were killed; nothing else that is named like them."""
+    ours = {prefix + name for name in (WEIGHTS, HISTORY) for prefix in ("", _OLD)}
+    return [
+        path
+        for path in (directory.iterdir() if directory.is_dir() else ())
+        if path.name.startswith(_TEMPORARY)
+        and path.is_dir()
+        and not path.is_symlink()
+        and {entry.name for entry in path.iterdir()} <= ours
+    ]
 
 
 def _replace(directory: Path, files: dict[str, bytes]) -> None:
@@ -78,7 +96,7 @@ def _replace(directory: Path, files: dict[str, bytes]) -> None:
     Everything is on the disk before the first name changes; the history, which vouches for the
     weights by their hash, comes last, so that a crash in between cannot go unnoticed.
     """
-    temporary = Path(tempfile.mkdtemp(prefix=".orthoreg-", dir=directory))
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory))
     moved: list[str] = []
     try:
         for name, data in files.items():
@@ -87,14 +105,14 @@ def _replace(directory: Path, files: dict[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             if (directory / name).exists():
-                shutil.copyfile(directory / name, temporary / f"old-{name}")
+                shutil.copyfile(directory / name, temporary / f"{_OLD}{name}")
         try:
             for name in files:
                 os.replace(temporary / name, directory / name)
                 moved.append(name)
         except BaseException:
             for name in moved:
-                old = temporary / f"old-{name}"
+                old = temporary / f"{_OLD}{name}"
                 if old.exists():
                     os.replace(old, directory / name)
                 else:

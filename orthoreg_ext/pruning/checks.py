@@ -75,9 +75,17 @@ def layer_names(model: nn.Module, ignored: Iterable[str | nn.Module]) -> set[str
 def keep_frozen(model: nn.Module, structure: Structure) -> None:
     """Marks groups of which every filter layer is frozen; they are not pruned."""
     for group in structure.prunable:
-        layers = [model.get_submodule(name) for name in group.layers]
-        if not any(p.requires_grad for layer in layers for p in layer.parameters(recurse=False)):
+        owned = [p for name in group.layers for p in _parameters(model.get_submodule(name))]
+        if not any(parameter.requires_grad for parameter in owned):
             group.reason = "every layer is frozen (requires_grad=False)"
+
+
+def _parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a layer itself, with those its parametrizations compute it from."""
+    owned = list(layer.parameters(recurse=False))
+    if parametrize.is_parametrized(layer):
+        owned += layer.get_submodule("parametrizations").parameters()
+    return owned
 
 
 def require_prunable(structure: Structure) -> None:

@@ -7,7 +7,9 @@ model, with zeros in every parameter entry that is about to go, must give the ou
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,49 @@ from .units import Structure
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
 # Layers whose statistics run over channels: a zero channel is not a missing one.
 _ACROSS_CHANNELS = ("LayerNorm", "GroupNorm", "RMSNorm")
+_T = TypeVar("_T")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Computes float32 as float32: no TF32 or bfloat16 inside matrix products and convolutions.
+
+    TF32 keeps 10 bits, so that a right cut would differ by more than rounding. PyTorch has two
+    sets of switches for it (`set_float32_matmul_precision`, `allow_tf32`; since 2.9 also one
+    `fp32_precision` per operation) and refuses to read the first while the two disagree: both are
+    turned off together, and both are restored.
+    """
+    backends: Any = torch.backends
+    cuda: list[Any] = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    cpu: list[Any] = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    switches = [(switch, switch.fp32_precision) for switch in cuda + cpu]
+    matmul = _readable(torch.get_float32_matmul_precision)
+    cudnn = _readable(lambda: bool(backends.cudnn.allow_tf32))
+    try:
+        if matmul is not None:
+            torch.set_float32_matmul_precision("highest")
+        if cudnn is not None:
+            backends.cudnn.allow_tf32 = False
+        for switch, _ in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if cudnn is not None:
+            backends.cudnn.allow_tf32 = cudnn
+        for switch, precision in switches:
+            switch.fp32_precision = "none"  # inherits from the backend and from all backends
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
+
+
+def _readable(read: Callable[[], _T]) -> _T | None:
+    """The value of an old switch; None where the user set the new ones, which then rule alone."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 def outputs_of(
@@ -34,8 +79,7 @@ def outputs_of(
         state: qualified parameter name -> tensor to use in its place.
     """
     inputs = to_device(inputs, device_of(model))
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with undisturbed(model), torch.no_grad(), exact:
+    with undisturbed(model), torch.no_grad(), full_precision():
         if not state:
             result = call(model, inputs)
         elif isinstance(inputs, dict):
@@ -46,14 +90,25 @@ def outputs_of(
 
 
 def difference(expected: list[Tensor], actual: list[Tensor]) -> str | None:
-    """What is wrong with the outputs of a pruned model, or None."""
+    """What is wrong with the outputs of a pruned model, or None.
+
+    Where the expected output is NaN or infinite, the pruned model must give the same, NaN for NaN:
+    a model that overflows on its example inputs can still be pruned. The tolerance is relative to
+    the largest of the other values.
+    """
     if len(expected) != len(actual):
         return f"it has {len(actual)} outputs instead of {len(expected)}"
     for i, (want, got) in enumerate(zip(expected, actual, strict=True)):
         if want.shape != got.shape:
             return f"output {i} has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
-        scale = float(want.abs().max()) if want.numel() else 0.0
-        worst = float((want - got).abs().max()) if want.numel() else 0.0
+        finite = want.isfinite()
+        same = (want == got) | (want.isnan() & got.isnan())
+        if not bool((same | (finite & got.isfinite())).all()):
+            return f"output {i} is NaN or infinite in other places than it was"
+        if not bool(finite.any()):
+            continue
+        scale = float(want[finite].abs().max())
+        worst = float((want[finite] - got[finite]).abs().max())
         if worst > _TOLERANCE[want.dtype] * scale:
             return f"output {i} is off by {worst:.3g} where its largest value is {scale:.3g}"
     return None

@@ -32,11 +32,6 @@ class Layout:
     sizes: tuple[str, ...]  # attributes that hold the number of channels
 
 
-def is_filter_layer(module: nn.Module) -> bool:
-    """Whether a module has filters: a convolution of any kind or a linear layer."""
-    return isinstance(module, (_ConvNd, nn.Linear))
-
-
 def is_depthwise(module: nn.Module) -> bool:
     """Whether input channel i alone makes output channel i (groups == inputs == outputs > 1)."""
     return (

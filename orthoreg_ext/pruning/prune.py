@@ -129,7 +129,10 @@ def prune(
         ImportError: Torch-Pruning is not installed.
         TypeError, ValueError: an argument is wrong or cannot be met; nothing was changed.
         RuntimeError: the model cannot be followed, or the removal failed; the model was restored.
-        RoundError: a round after the first failed; the model is as the round before left it.
+        RoundError: a round after the first failed, or `between_rounds` did (any Exception; the
+            cause is chained) or changed the shape of a layer. The rounds before are done, and in
+            the error's `.result`; the model is as the last round and `between_rounds` left it.
+        KeyboardInterrupt: passes unchanged; a round that it meets is undone, those before stay.
     """
     limits = _check_choices(criterion, scope, normalize, group_reduction, round_to, max_layer_ratio)
     check_ratio(ratio)
@@ -183,23 +186,35 @@ def prune(
     def result() -> PruneResult:
         after = count(model, example_inputs)
         layers = layer_widths(model, structure, width_of)
-        return PruneResult(history, before, after, layers, settings, architecture, model)
+        return PruneResult(list(history), before, after, layers, settings, architecture, model)
 
+    done: PruneResult | None = None
     for number, share in enumerate(removed_share(ratio, rounds), start=1):
         try:
             history += _round(job, share, number)
         except (ValueError, RuntimeError) as error:
-            if not history:
+            if done is None:
                 raise
             raise RoundError(
                 f"round {number} of {rounds} failed: {error} The model is as round {number - 1} "
                 "and its training left it; the result so far is in this error's .result",
-                result(),
+                done,
             ) from error
-        if between_rounds is not None and number < rounds:
+        done = result()  # now: after a failed between_rounds the model may not run any more
+        if between_rounds is None or number == rounds:
+            continue
+        try:
             between_rounds(model, number)
             checks.check_unchanged(model, structure)
-    return result()
+        except Exception as error:
+            raise RoundError(
+                f"between_rounds failed after round {number} of {rounds} "
+                f"({type(error).__name__}: {error}); the model is as between_rounds left it, and "
+                "the result so far is in this error's .result",
+                done,
+            ) from error
+    assert done is not None  # rounds >= 1
+    return done
 
 
 def _check_choices(

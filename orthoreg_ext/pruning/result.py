@@ -53,7 +53,9 @@ class PruneResult:
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Writes `history.json` and `weights.safetensors`, the weights as they are now.
 
-        So call it after fine-tuning. Each file appears complete or not at all.
+        So call it after fine-tuning. Each file appears complete or not at all. A process that
+        is killed while it saves leaves a folder `.orthoreg-*` in the directory; it counts as not
+        there, and the next save removes it once it has succeeded. Let one process save at a time.
 
         Args:
             directory: made if it is missing.
@@ -98,10 +100,12 @@ class PruneResult:
 
 
 class RoundError(RuntimeError):
-    """A later round failed: the model is as the last complete round (and its training) left it.
+    """A later round or `between_rounds` failed; the rounds before it are done and stay.
+
+    The model is as the last complete round and `between_rounds` left it.
 
     Attributes:
-        result: what was done up to there.
+        result: what was done up to there; it can be saved, unless `between_rounds` broke the model.
     """
 
     def __init__(self, message: str, result: PruneResult) -> None:

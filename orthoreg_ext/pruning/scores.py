@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional as F
-from ..layers import filter_layers
+from ..layers import FilterLayer, filter_layers
 from .units import Group, Slot, Structure
 
 
@@ -59,7 +59,7 @@ class Scored:
     slot: Slot
     weight: nn.Parameter
     bias: nn.Parameter | None
-    groups: int = 0  # of a transposed convolution, whose outputs come second; else 0
+    layer: FilterLayer | None = None  # of a filter slot; None for BatchNorm scales, a row each
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -69,11 +69,7 @@ class Scored:
 
     def rows(self, tensor: Tensor) -> Tensor:  # [n, ...]
         """A tensor shaped as the weight, with the output dimension first."""
-        if not self.groups:
-            return tensor
-        by_group = tensor.detach().reshape(self.groups, -1, *tensor.shape[1:])
-        rows: Tensor = by_group.transpose(1, 2).flatten(0, 1)
-        return rows
+        return tensor if self.layer is None else self.layer.rows(tensor)
 
 
 def scored_slots(
@@ -91,9 +87,8 @@ def scored_slots(
             if isinstance(module, _BatchNorm) and module.weight is not None:
                 found.append(Scored(slot, module.weight, None))
         elif slot.has_filters and slot.layer in layers:
-            layer = layers[slot.layer]
-            groups = layer.groups if layer.kind == "transposed" else 0
-            found.append(Scored(slot, module.weight, module.bias if bias else None, groups))
+            kept = module.bias if bias else None
+            found.append(Scored(slot, module.weight, kept, layers[slot.layer]))
     return found
 
 

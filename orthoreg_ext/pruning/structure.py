@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..layers import layer_kind
 from .inputs import call, device_of, tensors_in, to_device, undisturbed
 from .layout import (
     Layout,
     Place,
-    is_filter_layer,
     layout,
     one_input_per_group,
     tied_positions,
@@ -164,7 +164,7 @@ class _Walk:
     def structure(self, outputs: list[Tensor], ignored: set[str]) -> Structure:
         """Runs the walk; the steps in order."""
         for module, node in list(self.graph.module2node.items()):
-            if isinstance(module, nn.Module) and is_filter_layer(module):
+            if isinstance(module, nn.Module) and layer_kind(module):
                 self._spread(node, module)
         slots = self._slots()
         self._tie_channels(slots)
@@ -176,7 +176,7 @@ class _Walk:
         unreached = [
             name
             for name, module in self.model.named_modules()
-            if is_filter_layer(module) and name not in reached
+            if layer_kind(module) and name not in reached
         ]
         return Structure(slots, groups, unreached)
 
@@ -251,7 +251,7 @@ class _Walk:
         if pruner.prune_out_channels == pruner.prune_in_channels:
             side = "both"
         where = layout(module, side)
-        kind = "filters" if is_filter_layer(module) else type(module).__name__
+        kind = "filters" if layer_kind(module) else type(module).__name__
         name = self.names[module]
         return None if where is None else (name, name, side, kind, where)
 

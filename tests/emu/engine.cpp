@@ -17,6 +17,7 @@
 #include <array>
 #include <bitset>
 #include <chrono>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -58,7 +59,7 @@ struct Thread {
   Here here{"", 0};
   void* stack_pointer = nullptr;
   char* stack = nullptr;
-  sanitizers::Fiber fiber;
+  sanitizers::Fiber* fiber = nullptr;
   std::vector<std::vector<Copy>> copies;  // cp.async groups, the open one last
 };
 
@@ -80,6 +81,7 @@ struct Unwind {};  // thrown through a thread that is not to go on
 
 struct Team {
   std::vector<Thread> threads;
+  std::deque<sanitizers::Fiber> fibers;  // kept from launch to launch: expensive under tsan
   std::vector<Thread*> by_rank;
   std::bitset<kMaxThreads> ready;  // by rank
   std::array<Barrier, kBarriers> barriers;
@@ -103,12 +105,13 @@ struct State {
   void* main_pointer = nullptr;
   sanitizers::Fiber main_fiber;
   char fence_tag, start_tag;
-} s;
+};
+State& s = *new State;  // never destroyed: it would look like a race with the fibers' last reads
 
 void enter(Thread& t) {
   s.self = &t;
   threadIdx = t.index;
-  sanitizers::switching(s.main_fiber, t.fiber, t.stack, kStack, false);
+  sanitizers::switching(s.main_fiber, *t.fiber, t.stack, kStack, false);
   emu_switch(&s.main_pointer, t.stack_pointer);
   sanitizers::switched(s.main_fiber, nullptr);
 }
@@ -116,14 +119,14 @@ void enter(Thread& t) {
 // Back to the scheduler. Throws when the launch was given up meanwhile.
 void leave(bool for_good = false) {
   Thread& t = *s.self;
-  sanitizers::switching(t.fiber, s.main_fiber, nullptr, 0, for_good);
+  sanitizers::switching(*t.fiber, s.main_fiber, nullptr, 0, for_good);
   emu_switch(&t.stack_pointer, s.main_pointer);
-  sanitizers::switched(t.fiber, &s.main_fiber);
+  sanitizers::switched(*t.fiber, &s.main_fiber);
   if (s.unwinding) throw Unwind{};
 }
 
 void thread_main() {
-  sanitizers::switched(s.self->fiber, &s.main_fiber);
+  sanitizers::switched(*s.self->fiber, &s.main_fiber);
   if (!s.unwinding) {
     sanitizers::acquire(&s.start_tag);
     sanitizers::acquire(&s.team->tag);
@@ -250,6 +253,7 @@ void set_up(Team& team, dim3 block) {
     team.shared = team.window + kWindow / 4;
   }
   const unsigned n = block.x * block.y * block.z;
+  while (team.fibers.size() < n) sanitizers::create(team.fibers.emplace_back());
   team.threads = std::vector<Thread>(n);
   team.by_rank.resize(n);
   team.ready.reset();
@@ -260,7 +264,7 @@ void set_up(Team& team, dim3 block) {
     t.index = {t.id % block.x, t.id / block.x % block.y, t.id / (block.x * block.y)};
     t.stack = team.stacks + t.id * kStack;
     team.by_rank[rank] = &t;
-    sanitizers::create(t.fiber);
+    t.fiber = &team.fibers[t.id];
   }
 }
 
@@ -283,10 +287,7 @@ void launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_bytes, v
     s.team = &s.teams[i % kTeams];
     run_block(kernel, kernel.shared_bytes + dynamic_bytes);
   }
-  for (Team& team : s.teams) {
-    sanitizers::acquire(&team.tag);
-    for (Thread& t : team.threads) sanitizers::destroy(t.fiber);
-  }
+  for (Team& team : s.teams) sanitizers::acquire(&team.tag);
   if (!s.error.empty()) throw std::runtime_error(s.error + " in kernel " + demangled(kernel.name));
 }
 

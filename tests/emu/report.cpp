@@ -85,7 +85,6 @@ void print(Here, void** args) {
   }
   std::fputs(out.c_str(), stderr);
   if (args[0]) *static_cast<int*>(args[0]) = int(out.size());
-  
 }
 
 }  // namespace emu

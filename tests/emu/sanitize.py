@@ -81,10 +81,7 @@ def run_python(sanitize: Sanitizer, arguments: Sequence[str]) -> subprocess.Comp
 
 
 def run(sanitize: Sanitizer, pytest_arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a pytest selection under a sanitizer: `run_python` of pytest.
-
-    The compilers run before, outside of the sanitizer, as far as `build_project` goes.
-    """
+    """Run a pytest selection under a sanitizer, up to the first failure: `run_python` of pytest."""
     return run_python(sanitize, ["-m", "pytest", "-p", "no:cacheprovider", "-x", *pytest_arguments])
 
 

@@ -27,7 +27,6 @@ struct Fiber {
 
 constexpr bool kFindsRaces = false;
 inline void create(Fiber&) {}
-inline void destroy(Fiber&) {}
 inline void current(Fiber&) {}
 // From one fiber to another, whose stack is given unless it is the host thread's.
 inline void switching(Fiber& from, Fiber& to, const void* stack, size_t size, bool for_good) {
@@ -51,7 +50,6 @@ struct Unseen {
 
 constexpr bool kFindsRaces = true;
 inline void create(Fiber& f) { f.handle = __tsan_create_fiber(0); }
-inline void destroy(Fiber& f) { __tsan_destroy_fiber(f.handle); }
 inline void current(Fiber& f) { f.handle = __tsan_get_current_fiber(); }
 inline void switching(Fiber&, Fiber& to, const void*, size_t, bool) {
   __tsan_switch_to_fiber(to.handle, __tsan_switch_to_fiber_no_sync);
@@ -75,7 +73,6 @@ struct Unseen {
 
 constexpr bool kFindsRaces = false;
 inline void create(Fiber&) {}
-inline void destroy(Fiber&) {}
 inline void current(Fiber&) {}
 inline void switching(Fiber&, Fiber&, const void*, size_t, bool) {}
 inline void switched(Fiber&, Fiber*) {}

@@ -30,8 +30,10 @@ def jpeg(value: int, size: tuple[int, int] = (8, 8)) -> bytes:
     return buffer.getvalue()
 
 
-def packed(prefix: str, values: list[int], labels: list[int]) -> dict[str, np.ndarray]:
-    files = [jpeg(value) for value in values]
+def packed(
+    prefix: str, values: list[int], labels: list[int], size: int = 8
+) -> dict[str, np.ndarray]:
+    files = [jpeg(value, (size, size)) for value in values]
     return {
         f"{prefix}_jpeg": np.frombuffer(b"".join(files), np.uint8),
         f"{prefix}_offset": np.cumsum([0, *map(len, files)]),
@@ -190,3 +192,59 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
         assert text in str(error.value)
     with pytest.raises(ValueError, match=r"dog/1\.png"):
         load_dataset(str(torn))
+
+
+def test_parts_of_an_npz_must_fit_together(tmp_path: Path) -> None:
+    grey, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 0, 1, 1])
+    colour = np.zeros((2, 8, 8, 3), np.uint8)
+    larger = np.zeros((2, 9, 9), np.uint8)
+    test = {"images": grey, "labels": labels, "test_labels": labels[1:3]}
+    train = packed("train", [1, 2], [0, 1])
+    packs = train | packed("test", [3], [0], size=9)
+    whole = save(tmp_path / "whole.npz", images=grey, labels=labels)
+    torn = tmp_path / "torn.npz"
+    torn.write_bytes(Path(whole).read_bytes()[:-40])
+    flipped = bytearray(Path(whole).read_bytes())
+    flipped[200] ^= 255  # in the pixels: their checksum is wrong
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, grey)
+    no_test = {"test_images": grey[:0], "test_labels": labels[:0]}
+    expected = {
+        str(torn): "cannot read",
+        str(tmp_path / "flipped.npz"): "cannot read",
+        str(tmp_path / "array.npz"): "cannot read",
+        save(tmp_path / "rgb.npz", **test, test_images=colour):
+            "test images are 3 x 8 x 8 (channels x height x width), the training images 1 x 8 x 8",
+        save(tmp_path / "size.npz", **test, test_images=larger): "test images are 1 x 9 x 9",
+        save(tmp_path / "jpeg.npz", **packs): "test images are 3 x 9 x 9",
+        save(tmp_path / "none.npz", images=grey, labels=labels, **no_test): "no test images",
+        save(tmp_path / "some.npz", images=grey, labels=labels, test_images=grey):
+            "has 'test_images' but no 'test_labels'",
+        save(tmp_path / "more.npz", images=grey[:3], labels=labels): "labels is int64 [4]",
+        save(tmp_path / "flat.npz", images=grey[:, :0], labels=labels): "images of no pixels",
+        save(tmp_path / "nil.npz", images=grey[:0], labels=labels[:0]): "has no images",
+        save(tmp_path / "scalar.npz", **train | {"train_label": np.array(3)}):
+            "train_label is int64 []",
+        save(tmp_path / "empty.npz", **train | {
+            "train_label": labels[:0], "train_offset": np.array([0]),
+            "train_jpeg": grey.ravel()[:0]}): "has no images",
+        save(tmp_path / "back.npz", **train | {
+            "train_offset": train["train_offset"] - [9, 0, 0]}): "train_offset must",
+    }  # fmt: skip
+    for source, text in expected.items():
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is compared below
+            load_dataset(source)
+        assert text in str(error.value), source
+
+
+def test_test_images_of_another_size_are_resized_where_a_size_is_given(tmp_path: Path) -> None:
+    source = save(
+        tmp_path / "size.npz",
+        images=np.zeros((4, 8, 8), np.uint8),
+        labels=np.array([0, 0, 1, 1]),
+        test_images=np.zeros((2, 9, 9), np.uint8),
+        test_labels=np.array([0, 1]),
+    )
+    data = load_dataset(source, 6)
+    assert data.test.images.shape == (2, 1, 6, 6)

@@ -21,8 +21,8 @@ from orthoreg_ext.experiment.data import load_dataset
 from orthoreg_ext.experiment.job import extended, plan
 from orthoreg_ext.experiment.models import build_model
 from orthoreg_ext.experiment.outputs import OUTPUTS
-from orthoreg_ext.experiment.state import STATE_NAME, load_state
-from orthoreg_ext.experiment.train import DivergedError, accuracy
+from orthoreg_ext.experiment.state import STATE_NAME, load_state, save_state
+from orthoreg_ext.experiment.train import DivergedError, accuracy, deterministic
 
 
 def numbers(out: Path) -> dict[str, Any]:
@@ -103,6 +103,8 @@ def test_the_whole_job_and_its_files(tiny: dict[str, Any], tmp_path: Path) -> No
         assert arm.cuts[-1].after.macs < arm.cuts[0].before.macs
     assert result.export["max_difference"] <= result.export["tolerance"]
     assert result.latency.keys() == {"1", "64"}
+    assert json.loads((out / "history.json").read_text())["run"] == result.to_json()
+    assert result.finished
 
     # what was written is the network that was measured
     data = load_dataset("digits")
@@ -244,3 +246,135 @@ def test_changed_data_or_network_cannot_be_continued(tiny: dict[str, Any], tmp_p
     sys.modules.pop("tiny_net", None)
     with pytest.raises(ValueError, match="another architecture"):
         run({}, out, resume=True)
+
+
+def test_a_network_that_cannot_be_cut_or_exported_is_refused_at_once(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    net = tmp_path / "odd_nets.py"
+    net.write_text(ODD_NETS)
+    for factory, text in (
+        ("shuffled", "cannot be pruned .*conv"),
+        ("branching", "cannot be exported"),
+    ):
+        with pytest.raises(ValueError, match=f"--model 'odd_nets:{factory}' {text}"):
+            run(tiny | {"model": f"odd_nets:{factory}"}, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+ODD_NETS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 12, 3, padding=1)
+        self.out = nn.Linear(12, num_classes)
+
+class Shuffled(Net):
+    def forward(self, x):
+        x = self.conv(x).relu()
+        x = x.view(len(x), 2, 4, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+        return self.out(self.conv2(x).relu().mean((2, 3)))
+
+class Branching(Net):
+    def forward(self, x):
+        x = self.conv(x).relu()
+        if x.sum() > 1e9:
+            x = 2 * x
+        return self.out(self.conv2(x).relu().mean((2, 3)))
+
+def shuffled(in_channels, num_classes): return Shuffled(in_channels, num_classes)
+def branching(in_channels, num_classes): return Branching(in_channels, num_classes)
+"""
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "safetensors", "torch_pruning"])
+def test_a_package_that_is_missing_at_the_end_is_missed_at_the_start(
+    package: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] == package:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ImportError, match=rf"{package}.*pip install orthoreg_ext\[cli\]"):
+        run(tiny, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_on_a_gpu_needs_one_to_be_continued_but_not_to_be_read(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tiny |= {"seeds": 1, "rounds": 1, "epochs": 1, "finetune_epochs": 1}
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, out, screen=interrupting(0))
+
+    def moved_to(device: str) -> None:
+        record, tensors = load_state(out / STATE_NAME)
+        record["settings"]["device"] = device
+        save_state(out / STATE_NAME, record, tensors)
+
+    moved_to("cuda")
+    before = (out / STATE_NAME).read_bytes()
+    with pytest.raises(ValueError, match=r"has --device cuda, .*; continue it where a GPU is"):
+        run({}, out, resume=True)
+    assert (out / STATE_NAME).read_bytes() == before
+    moved_to("cpu")
+    run({}, out, resume=True)
+    moved_to("cuda")
+    assert run({}, out, resume=True).finished
+
+
+def test_a_forced_backend_that_does_not_fit_is_refused_at_once(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORTHOREG_EXT_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="ORTHOREG_EXT_BACKEND is 'cuda': backend 'cuda'"):
+        run(tiny, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_runs_are_deterministic_and_leave_the_process_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+
+    def state() -> tuple[object, ...]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.benchmark,
+            torch.utils.deterministic.fill_uninitialized_memory,
+            os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        )
+
+    before = state()
+    with pytest.raises(KeyboardInterrupt), deterministic("cuda"):
+        assert state() == (True, True, False, False, ":4096:8")
+        raise KeyboardInterrupt
+    assert state() == before
+    with deterministic("cpu"):
+        assert state() == before
+
+
+def test_the_job_is_done_deterministically(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    @contextmanager
+    def noted(device: str) -> Iterator[None]:
+        asked.append(device)
+        yield
+        asked.append("end")
+
+    monkeypatch.setattr("orthoreg_ext.experiment.job.deterministic", noted)
+    monkeypatch.setattr("orthoreg_ext.experiment.job.Job.execute", lambda *_: asked.append("work"))
+    monkeypatch.setattr("orthoreg_ext.experiment.job.Job.finish", lambda _: asked.append("finish"))
+    run(tiny, tmp_path / "out")
+    assert asked == ["cpu", "work", "finish", "end"]

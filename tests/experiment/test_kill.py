@@ -57,3 +57,40 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(
     weights = [(tmp_path / n / "weights.safetensors").read_bytes() for n in ("whole", "killed")]
     assert weights[0] == weights[1]
     assert {path.name for path in out.iterdir()} == {*OUTPUTS, STATE_NAME}
+
+
+DYING = """
+import os, signal, sys
+from orthoreg_ext import cli
+
+replace = os.replace
+
+def dying(source, target):
+    if str(target).endswith("weights.safetensors"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = dying
+cli.main(sys.argv[1:])
+"""
+
+
+def test_killed_while_it_writes_the_weights_it_can_be_continued(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny |= {"seeds": 1, "rounds": 1, "epochs": 1, "finetune_epochs": 1}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
+    out = tmp_path / "killed"
+    arguments = command(tiny, out)[3:]
+    killed = subprocess.run([sys.executable, "-c", DYING, *arguments], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path for path in out.iterdir() if path.is_dir()], "nothing was left half-written"
+    subprocess.run([*command(tiny, out), "--resume", "--quiet"], env=environment, check=True)
+    assert {path.name for path in out.iterdir()} == {*OUTPUTS, STATE_NAME}
+
+    subprocess.run([*command(tiny, tmp_path / "whole"), "--quiet"], env=environment, check=True)
+    weights = [(tmp_path / n / "weights.safetensors").read_bytes() for n in ("whole", "killed")]
+    assert weights[0] == weights[1]

@@ -31,6 +31,10 @@ def test_the_same_seed_gives_the_same_parameters() -> None:
         ("factories:biuld", "unknown factory in factories 'biuld'; did you mean 'build'"),
         ("factories:number", "returned int; expected a torch.nn.Module"),
         ("factories:two_outputs", r"returned \[1, 2\] for one image; expected \[1, 3\]"),
+        ("factories:picky", r"cannot be built \(missing a required argument: 'depth'\)"),
+        ("factories:broken", r"cannot be built \(.*NoneType.*\)"),
+        ("factories:two_inputs", "cannot read images of 1 x 8 x 8 .*missing 1 required"),
+        ("torn:build", r"cannot import 'torn' \(.*torn\.py, line 1"),
         ("factories:big", "cannot read images of 1 x 8 x 8 .*; pass a larger --image-size"),
     ],
 )
@@ -42,8 +46,14 @@ def test_bad_models_are_named(
         "def build(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
         "def number(): return 3\n"
         "def two_outputs(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))\n"
+        "def picky(depth, num_classes): return nn.Linear(depth, num_classes)\n"
+        "def broken(): return nn.Linear(None, 3)\n"
+        "class Two(nn.Module):\n"
+        "    def forward(self, x, y): return x\n"
+        "def two_inputs(): return Two()\n"
         "def big(**_): return nn.Conv2d(1, 3, 11)\n"
     )
+    (tmp_path / "torn.py").write_text("def build(:\n")
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("factories", None)
     assert build_model("factories:build", num_classes=3, image_shape=(1, 8, 8), seed=0)

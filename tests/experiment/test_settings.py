@@ -57,3 +57,14 @@ def test_settings_given_again_must_be_the_same() -> None:
     stored.check_same({"epochs": 3, "strength": 0.5})
     with pytest.raises(ValueError, match="--finetune-epochs is 1, but the run to continue has"):
         stored.check_same({"epochs": 3, "finetune_epochs": 1})
+
+
+def test_a_device_left_open_is_the_one_the_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stored = Settings(device="cuda", strength=0.5)
+    stored.check_same({})
+    stored.check_same({"device": "auto"})
+    with pytest.raises(ValueError, match="--device is 'cpu', but the run to continue has 'cuda'"):
+        stored.check_same({"device": "cpu"})
+    with pytest.raises(ValueError, match=r"--ratio is 2\.0; expected"):
+        stored.check_same({"ratio": 2.0})

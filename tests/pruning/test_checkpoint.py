@@ -3,6 +3,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +154,90 @@ def test_a_full_disk_leaves_the_directory_as_it_was(
     if existing:
         assert {p.name: p.read_bytes() for p in target.iterdir()} == before
         replay(fresh(VGG), x, target)
+
+
+KILLED = """
+import os, signal, sys, torch
+from orthoreg_ext.pruning import prune
+from tests.pruning.nets import VGG
+real, allowed = os.replace, int(sys.argv[2])
+def killed(source, target):
+    global allowed
+    if not allowed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    allowed -= 1
+    real(source, target)
+os.replace = killed
+torch.manual_seed(0)
+result = prune(VGG(), torch.randn(1, 3, 8, 8), criterion="l1", ratio=0.25)
+result.save(sys.argv[1], overwrite=True)
+"""
+
+
+def killed_save(directory: Path, after: int) -> Path:
+    """A save whose process dies after so many files took their place; what it leaves behind."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(directory), str(after)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (leftover,) = (path for path in directory.iterdir() if path.name.startswith(".orthoreg-"))
+    return leftover
+
+
+def test_a_killed_save_is_as_not_there_for_the_next(x: Tensor, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    leftover = killed_save(target, after=0)
+    assert os.listdir(target) == [leftover.name]
+    model = VGG()
+    prune(model, x, criterion="l1", ratio=0.5).save(target)  # not refused as "not empty"
+    assert sorted(os.listdir(target)) == ["history.json", "weights.safetensors"]
+    again = replay(fresh(VGG), x, target)
+    assert torch.equal(model.eval()(x), again.eval()(x))
+
+
+def test_a_killed_overwrite_is_found_out_and_keeps_the_old_files_until_the_next_save(
+    x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = prune(VGG(), x, criterion="l1", ratio=0.5)
+    result.save(tmp_path)
+    weights = (tmp_path / "weights.safetensors").read_bytes()
+    leftover = killed_save(tmp_path, after=1)
+    with pytest.raises(ValueError, match="belongs to another history"):
+        replay(fresh(VGG), x, tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        result.save(tmp_path, overwrite=True)
+    monkeypatch.undo()
+    assert (leftover / "old-weights.safetensors").read_bytes() == weights
+    result.save(tmp_path, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["history.json", "weights.safetensors"]
+    replay(fresh(VGG), x, tmp_path)
+
+
+def lookalike_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "notes.txt").write_text("keep")
+
+
+def lookalike_link(path: Path) -> None:
+    (path.parent.parent / "elsewhere").mkdir()
+    path.symlink_to(path.parent.parent / "elsewhere", target_is_directory=True)
+
+
+@pytest.mark.parametrize("make", [lookalike_folder, lookalike_link, Path.touch])
+def test_what_is_only_named_like_a_leftover_is_kept(make: Any, x: Tensor, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    make(target / ".orthoreg-mine")
+    result = prune(VGG(), x, criterion="l1", ratio=0.5)
+    with pytest.raises(FileExistsError, match="not an empty directory"):
+        result.save(target)
+    result.save(target, overwrite=True)
+    assert len(os.listdir(target)) == 3
 
 
 def saved(x: Tensor, directory: Path) -> Path:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -304,6 +305,20 @@ def test_parametrized_layers_are_refused_with_the_remedy(x: Tensor) -> None:
     prune(model, x, criterion="l1")
 
 
+@pytest.mark.parametrize("register", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_parametrized_layers_without_a_bias_are_not_taken_as_frozen(
+    register: Any, x: Tensor
+) -> None:
+    model = VGG()
+    register(model.conv2)
+    with pytest.raises(ValueError, match="layer 'conv2': 'weight' is parametrized"):
+        prune(model, x, criterion="l1")
+    model.conv2.requires_grad_(False)  # now it is: its filters stay, but its inputs would go
+    result = prune(model, x, criterion="l1", ignored=["conv1"])
+    reasons = {layer.name: layer.reason for layer in result.layers}
+    assert reasons["conv2"] == "every layer is frozen (requires_grad=False)"
+
+
 def test_old_style_weight_norm_is_refused_with_the_remedy(x: Tensor) -> None:
     model = VGG()
     torch_prune.random_unstructured(model.conv1, "weight", 0.3)
@@ -349,6 +364,65 @@ def test_a_failure_in_a_later_round_keeps_the_rounds_before(x: Tensor) -> None:
     result = caught.value.result
     assert {entry["round"] for entry in result.history} == {1}
     assert result.after.filters == sum(layer.after for layer in result.layers)
+    assert model(x).shape == (2, 4)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failure_between_rounds_keeps_the_rounds_before(failing: int, x: Tensor) -> None:
+    model, twin = VGG(), VGG()
+    twin.load_state_dict(model.state_dict())
+
+    def train(model: nn.Module, number: int) -> None:
+        if number == failing:
+            model.conv3 = nn.Identity()  # a model that does not run any more
+            raise LookupError("no more data")
+
+    message = rf"between_rounds failed after round {failing} of 3 \(LookupError: no more data\)"
+    options = {"criterion": "l1", "ratio": 0.5, "rounds": 3}
+    with pytest.raises(RoundError, match=message) as caught:
+        prune(model, x, between_rounds=train, **options)
+    assert isinstance(caught.value.__cause__, LookupError)
+    history = prune(twin, x, **options).history
+    result = caught.value.result
+    assert result.history == [entry for entry in history if entry["round"] <= failing]
+    last = {entry["layer"]: entry["filters"] for entry in result.history}
+    assert last.items() <= {layer.name: layer.after for layer in result.layers}.items()
+    assert result.after.filters == sum(layer.after for layer in result.layers)
+
+
+def test_the_rounds_before_a_failure_can_be_saved(x: Tensor, tmp_path: Path) -> None:
+    model, fresh = VGG(), VGG()
+
+    def train(model: nn.Module, _: int) -> None:
+        raise LookupError("no more data")
+
+    with pytest.raises(RoundError) as caught:
+        prune(model, x, criterion="l1", ratio=0.5, rounds=2, between_rounds=train)
+    caught.value.result.save(tmp_path / "out")
+    again = pruning.replay(fresh, x, tmp_path / "out")
+    assert torch.equal(model.eval()(x), again.eval()(x))
+
+
+def test_a_layer_replaced_between_rounds_is_named(x: Tensor) -> None:
+    def widen(model: nn.Module, _: int) -> None:
+        model.conv3 = nn.Conv2d(model.conv3.in_channels, 40, 3, padding=1)
+
+    message = r"round 1 of 2.*'conv3'.*between_rounds must not change the shape"
+    with pytest.raises(RoundError, match=message) as caught:
+        prune(VGG(), x, criterion="l1", ratio=0.5, rounds=2, between_rounds=widen)
+    assert {entry["round"] for entry in caught.value.result.history} == {1}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_between_rounds_passes_unchanged(stop: type[BaseException], x: Tensor) -> None:
+    model, error = VGG(), stop("enough")
+
+    def train(model: nn.Module, _: int) -> None:
+        raise error
+
+    with pytest.raises(stop) as caught:
+        prune(model, x, criterion="l1", ratio=0.5, rounds=2, between_rounds=train)
+    assert caught.value is error
     assert model(x).shape == (2, 4)
 
 

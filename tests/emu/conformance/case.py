@@ -63,10 +63,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For the test's id."""
-        return re.sub(
-            r"[^\w.]+", "_", self.text.split("%")[0].replace("{.reg .pred p; ", "")
-        ).strip("_")
+        """For the test's id: its longest opcode."""
+        return str(max(re.findall(r"[a-z]\w*(?:\.[\w:]+)+", self.text), key=len))
 
 
 def source(cases: Sequence[Case]) -> str:
