@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 import warnings
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ cuda_compiled: bool = compiled and hasattr(torch.ops.orthoreg, "_torch_has_cuda"
 """Whether the loaded binary holds CUDA kernels."""
 
 _build: dict[str, Any] = _host.module.build_info() if _host.module is not None else {}
-_cuda_reason: str | None = None
+_cuda_reasons: dict[int | None, str] = {}  # by GPU; None: what holds for all of them
+_warned: set[str] = set()
 
 
 def _runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
@@ -84,7 +86,7 @@ def _runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
     return not architectures
 
 
-def _find_cuda_reason() -> str:
+def _find_reason_for_all() -> str:
     if not compiled:
         return reason
     if not cuda_compiled:
@@ -96,23 +98,67 @@ def _find_cuda_reason() -> str:
         return "no GPU is visible to torch"
     if not torch.ops.orthoreg._torch_has_cuda():
         return "torch's CUDA library is not loaded, so its current stream cannot be asked for"
-    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return ""
+
+
+def _find_reason(index: int) -> str:
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        raise ValueError(f"index is {index}; expected 0 to {count - 1}, one of the visible GPUs")
+    major, minor = torch.cuda.get_device_capability(index)
     architectures = list(_build.get("cuda_architectures", []))
-    if not any(_runs_on(capability, architectures) for capability in capabilities):
-        found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
+    if not _runs_on((major, minor), architectures):
         return (
-            f"the kernels are built for architectures {' '.join(architectures)}, the GPU has "
-            f"compute capability {found}: build again with CMAKE_CUDA_ARCHITECTURES=native"
+            f"the kernels are built for architectures {' '.join(architectures)}, GPU {index} has "
+            f"compute capability {major}.{minor}: build again with CMAKE_CUDA_ARCHITECTURES=native"
         )
     return ""
 
 
-def cuda_reason() -> str:
-    """Says why the CUDA kernels cannot run here; empty when they can. Asks torch once a process."""
-    global _cuda_reason
-    if _cuda_reason is None:
-        _cuda_reason = _find_cuda_reason()
-    return _cuda_reason
+def cuda_reason(index: int | None = None) -> str:
+    """Says why the CUDA kernels cannot run on a GPU; empty when they can.
+
+    Asks torch once a process and GPU.
+
+    Args:
+        index: The GPU, as torch counts them; None takes the current one, which is the first until
+            the process has used one.
+
+    Raises:
+        ValueError: There are GPUs, but none of that index.
+    """
+    if None not in _cuda_reasons:
+        _cuda_reasons[None] = _find_reason_for_all()
+    if _cuda_reasons[None]:
+        return _cuda_reasons[None]
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    if index not in _cuda_reasons:
+        _cuda_reasons[index] = _find_reason(index)
+    return _cuda_reasons[index]
+
+
+def warn_cuda_fallback_once(index: int | None = None) -> None:
+    """Warns, once for each reason, that tensors on a GPU take the reference.
+
+    For the place that falls back. Silent where the kernels run, where torch is built without CUDA
+    or sees no GPU, and without any compiled operators (chosen, or warned of when they were loaded).
+
+    Args:
+        index: The GPU, as for :func:`cuda_reason`.
+    """
+    why = cuda_reason(index)
+    if not why or why in _warned:
+        return
+    if not compiled or torch.version.cuda is None or not torch.cuda.is_available():
+        return
+    _warned.add(why)
+    warnings.warn(
+        f"the CUDA kernels of orthoreg_ext cannot run: {why}. The pure-PyTorch reference runs in "
+        "their place, which is slower.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def build_info() -> dict[str, Any]:
@@ -122,17 +168,27 @@ def build_info() -> dict[str, Any]:
         A dictionary that ``json.dumps`` accepts: ``version``; ``python``; ``torch`` (``version``,
         ``cuda`` it is built with or None, ``target``: the oldest torch the binary loads under, None
         without ``_host``); ``compiled`` (``loaded``, ``reason``); ``cpu`` (``compiled``, ``levels``
-        that were built, ``runs``: the level chosen on this processor, or ``reference``); ``cuda``
-        (``compiled``, ``toolkit``, ``architectures``, ``usable``, ``reason``, ``devices``);
-        ``host`` (``loaded``, ``reason``); ``compiler``; ``backend`` (the forced one, or
-        ``automatic``). Every ``reason`` is empty where there is nothing to explain.
+        that were built, ``runs``: the level chosen on this processor, or ``reference``, or None
+        with a ``reason`` where ``ORTHOREG_EXT_CPU`` asks for one that cannot run); ``cuda``
+        (``compiled``, ``toolkit``, ``architectures``, ``usable`` and ``reason`` on the current GPU,
+        ``devices``: the names of all); ``host`` (``loaded``, ``reason``); ``compiler``; ``backend``
+        (the forced one, or ``automatic``) and ``backend_reason`` (why it cannot run). Every reason
+        is empty where there is nothing to explain; nothing is raised.
     """
-    from .backend import selected  # it asks this module whether a backend can run
+    from .backend import ENVIRONMENT, selected  # it asks this module whether a backend can run
 
     why_no_cuda = cuda_reason()
-    level = "reference"
+    level: str | None = "reference"
+    why_no_level = why_no_backend = ""
     if compiled and hasattr(torch.ops.orthoreg, "_cpu_level"):
-        level = str(torch.ops.orthoreg._cpu_level())
+        try:
+            level = str(torch.ops.orthoreg._cpu_level())
+        except RuntimeError as error:  # of ORTHOREG_EXT_CPU
+            level, why_no_level = None, str(error).partition("\n")[0]
+    try:
+        backend = selected() or "automatic"
+    except (RuntimeError, ValueError) as error:
+        backend, why_no_backend = os.environ[ENVIRONMENT], str(error)
     return {
         "version": VERSION,
         "python": platform.python_version(),
@@ -142,7 +198,12 @@ def build_info() -> dict[str, Any]:
             "target": _build.get("torch_target"),
         },
         "compiled": {"loaded": compiled, "reason": reason},
-        "cpu": {"compiled": compiled, "levels": _build.get("cpu_levels", []), "runs": level},
+        "cpu": {
+            "compiled": compiled,
+            "levels": _build.get("cpu_levels", []),
+            "runs": level,
+            "reason": why_no_level,
+        },
         "cuda": {
             "compiled": cuda_compiled,
             "toolkit": _build.get("cuda_version") or None,
@@ -155,5 +216,6 @@ def build_info() -> dict[str, Any]:
         },
         "host": {"loaded": _host.module is not None, "reason": _host.reason},
         "compiler": _build.get("compiler"),
-        "backend": selected() or "automatic",
+        "backend": backend,
+        "backend_reason": why_no_backend,
     }

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import torch
+
 from .build_info import build_info
 
 BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
+_REPORTED = (ValueError, ImportError, ArithmeticError, OSError, RuntimeError, MemoryError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; None takes those of the process.
 
     Returns:
-        0, or 1 where the work failed (training diverged, disk full), 2 for bad input, 130 after
-        Ctrl-C. Errors are one line on stderr.
+        0, or 1 where the work failed (training diverged, disk or memory full, an export that is
+        wrong), 2 for bad input, 130 after Ctrl-C. Errors are one line on stderr.
     """
     options = _parser().parse_args(argv)
     work = {"info": _info, "prune": _prune}[options.command]
@@ -43,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; the same command with --resume continues" if options.command == "prune" else ""
         print(f"\northoreg {options.command}: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, ImportError, ArithmeticError, OSError) as error:
+    except _REPORTED as error:
         line = " ".join(_text(error).split())
         print(f"orthoreg {options.command}: error: {line}", file=sys.stderr)
-        failed = isinstance(error, ArithmeticError) or (
+        failed = isinstance(error, (ArithmeticError, RuntimeError, MemoryError)) or (
             isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
         )
         return FAILED if failed else BAD_INPUT
@@ -54,8 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _text(error: Exception) -> str:
     """What an error says, without the number that OSError puts in front."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        whose = "the GPU's memory" if isinstance(error, RuntimeError) else "the memory"
+        return (
+            f"{whose} does not suffice; what was stored is intact: make room and continue with "
+            "--resume, or start again with a smaller --batch-size and another --out"
+        )
     if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
+        return str(error) or type(error).__name__
     return error.strerror + (f": {error.filename!r}" if error.filename else "")
 
 
@@ -121,7 +130,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def info_lines(info: dict[str, Any]) -> list[str]:
     """Returns what ``orthoreg info`` prints of :func:`orthoreg_ext.build_info`."""
-    cpu, cuda, torch = info["cpu"], info["cuda"], info["torch"]
+    cpu, cuda, built_for = info["cpu"], info["cuda"], info["torch"]
     compiled = "yes" if info["compiled"]["loaded"] else f"no: {info['compiled']['reason']}"
     host = "yes" if info["host"]["loaded"] else f"no: {info['host']['reason']}"
     gpu = ", ".join(cuda["devices"]) if cuda["usable"] else f"not used: {cuda['reason']}"
@@ -129,24 +138,26 @@ def info_lines(info: dict[str, Any]) -> list[str]:
         built = f"toolkit {cuda['toolkit']}, architectures {' '.join(cuda['architectures'])}"
     else:
         built = "no"
+    runs = cpu["runs"] or f"nothing: {cpu['reason']}"
+    why_not = f" ({info['backend_reason']})" if info["backend_reason"] else ""
     levels = f" (built: {', '.join(cpu['levels'])})" if cpu["levels"] else ""
     return [
         f"orthoreg_ext        {info['version']}",
         f"python              {info['python']}",
-        f"torch               {torch['version']}, CUDA {torch['cuda'] or 'none'}",
+        f"torch               {built_for['version']}, CUDA {built_for['cuda'] or 'none'}",
         f"compiled operators  {compiled}",
         f"host module         {host}",
         f"compiler            {info['compiler'] or 'none'}",
-        f"CPU runs            {cpu['runs']}{levels}",
+        f"CPU runs            {runs}{levels}",
         f"CUDA kernels        {built}",
         f"GPU                 {gpu}",
-        f"backend             {info['backend']}",
+        f"backend             {info['backend']}{why_not}",
     ]
 
 
 def _prune(options: argparse.Namespace) -> int:
     from .experiment import run
-    from .experiment.progress import print_result, showing
+    from .experiment.progress import check_terminal, print_result, showing
     from .experiment.record import summary
 
     given = {
@@ -156,6 +167,8 @@ def _prune(options: argparse.Namespace) -> int:
     }
     progress: TextIO = sys.stderr if options.json else sys.stdout
     screen = functools.partial(showing, stream=progress, quiet=options.quiet)
+    shown = ([] if options.quiet else [progress]) + ([] if options.json else [sys.stdout])
+    check_terminal(*shown)
     result = run(given, options.out, resume=options.resume, screen=screen)
     if options.json:
         print(json.dumps({"out": str(options.out), **summary(result)}, indent=1))

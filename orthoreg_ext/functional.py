@@ -215,7 +215,9 @@ def add_gram_penalty_grad_(
         return torch.zeros(0)
     count = len(layers.weights)
     factors = check_coefficients(coefficients, count, layers.device)
-    scale = torch.ones(count, dtype=torch.float64, device=layers.device) * strength
+    double = any(w.dtype == torch.float64 for w in layers.weights)
+    precision = torch.float64 if double else torch.float32
+    scale = torch.ones(count, dtype=precision, device=layers.device) * strength
     if factors is not None:
         factors = factors.detach()
         scale = scale * factors

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,120 +12,11 @@ from torch import Tensor, nn
 
 from . import functional
 from .arguments import SIDES
+from .attachment import Attachment, parameters_of
 from .diagnostics import LayerReport, Report, mean_correlation
-from .errors import choose, unknown_name
-from .layers import FilterLayer, SkippedLayer, inspect_layers
+from .errors import choose
 from .penalties import get_penalty
-
-Selector = str | Sequence[str] | Callable[[str, nn.Module], bool]
-LayerWeights = str | Mapping[str, float]
-
-LAYER_WEIGHTS: dict[str, Callable[[list[int], list[int]], list[float]]] = {
-    "sqrt": lambda groups, sizes: _normalised(
-        [math.sqrt(g * m) for g, m in zip(groups, sizes, strict=True)]
-    ),
-    "uniform": lambda groups, sizes: [1.0] * len(sizes),
-    "mean": lambda groups, sizes: [1 / (g * m * m) for g, m in zip(groups, sizes, strict=True)],
-}
-"""Layer weights from the number and the size m of each layer's Gram matrices."""
-
-
-def _normalised(weights: list[float]) -> list[float]:
-    total = sum(weights)
-    return [w / total for w in weights]
-
-
-@dataclass(frozen=True)
-class _Term:
-    """The regularised layers of one device, with everything that is fixed until they change."""
-
-    layers: list[FilterLayer]
-    columns: list[bool]
-    with_bias: list[bool]
-    factors: list[float]
-    coefficients: Tensor  # [L], on the device
-    subsets: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-
-    def tensors(self) -> dict[str, Any]:
-        """The current parameters, as arguments of a functional call."""
-        return {
-            "weights": [layer.weight for layer in self.layers],
-            "biases": [
-                layer.bias if bias else None
-                for layer, bias in zip(self.layers, self.with_bias, strict=True)
-            ],
-            "groups": [layer.groups for layer in self.layers],
-        }
-
-    def owned(self, parameters: set[int]) -> tuple[dict[str, Any], Tensor] | None:
-        """Arguments and coefficients of the layers with a parameter of that set.
-
-        Of those, tensors outside the set are detached: some other optimizer steps them.
-        """
-        taken, weights, biases = [], [], []
-        for i, layer in enumerate(self.layers):
-            bias = layer.bias if self.with_bias[i] else None
-            mine = any(id(p) in parameters for p in layer.weight_parameters())
-            bias_mine = bias is not None and id(bias) in parameters
-            if mine or bias_mine:
-                taken.append(i)
-                weights.append(layer.weight if mine else layer.weight.detach())
-                biases.append(bias if bias is None or bias_mine else bias.detach())
-        if not taken:
-            return None
-        key = tuple(taken)
-        if key not in self.subsets:
-            whole = len(taken) == len(self.layers)
-            self.subsets[key] = self.coefficients if whole else self.coefficients[taken]
-        groups = [self.layers[i].groups for i in taken]
-        return {"weights": weights, "biases": biases, "groups": groups}, self.subsets[key]
-
-
-@dataclass
-class _Plan:
-    key: tuple[Any, ...] = ()
-    terms: list[_Term] = field(default_factory=list)
-    skipped: list[SkippedLayer] = field(default_factory=list)
-
-
-class Attachment:
-    """A regulariser on one optimizer, with a step number of its own."""
-
-    def __init__(
-        self, regularizer: OrthoRegularizer, optimizer: torch.optim.Optimizer, step: int
-    ) -> None:
-        self.step = step
-        self._regularizer = regularizer
-        self._optimizer = weakref.ref(optimizer)
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
-
-    def remove(self) -> None:
-        """Detaches; the optimizer's steps no longer carry the term."""
-        self._handle.remove()
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            self._regularizer._attached.pop(optimizer, None)
-
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._add(optimizer)
-            return None
-
-        def with_term() -> Any:  # the closure zeroes the gradients and fills them anew
-            loss = closure()
-            self._add(optimizer)
-            return loss
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": with_term}
-        return (args[0], with_term, *args[2:]), kwargs
-
-    def _add(self, optimizer: torch.optim.Optimizer) -> None:
-        step, self.step = self.step, self.step + 1
-        self._regularizer._add_gradient(optimizer, self._regularizer._factor(step))
+from .plan import LAYER_WEIGHTS, LayerWeights, Plan, Selection, Selector, is_factor
 
 
 class OrthoRegularizer:
@@ -188,7 +76,7 @@ class OrthoRegularizer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not _is_factor(strength):
+        if not is_factor(strength):
             raise ValueError(f"strength is {strength!r}, expected a finite number of at least 0")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every!r}, expected a positive number of steps")
@@ -204,18 +92,17 @@ class OrthoRegularizer:
         self.penalty = get_penalty(penalty).name
         self.strength = strength
         self.side = choose("side", side, SIDES)
-        self.layer_weights = layer_weights
         self.every = every
         self.schedule = schedule
         self.step = 0  # calls of this object; attached optimizers count their own steps
-        self._include, self._exclude = include, exclude
-        self._bias, self._max_dim = bias, max_dim
-        self._plan = _Plan()
+        self._selection = Selection(self.side, layer_weights, include, exclude, bias, max_dim)
+        self._key: tuple[Any, ...] = ()
         self._attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Attachment] = (
             weakref.WeakKeyDictionary()
         )
         self._loaded_steps: list[int] = []
-        self._check_names()
+        self._selection.check(model)
+        self._plan = self._selection.plan(model)
         plan = self._current()
         if not plan.terms:
             reasons = "; ".join(f"{s.name!r}: {s.reason}" for s in plan.skipped)
@@ -264,23 +151,24 @@ class OrthoRegularizer:
             raise ValueError(
                 "LBFGS evaluates its closure many times a step: use loss + reg() instead"
             )
-        if optimizer in self._attached:
+        if optimizer in self._attached and self._attached[optimizer].active:
             raise ValueError("this regulariser is attached to this optimizer already")
-        owned = _parameters_of(optimizer)
+        owned = parameters_of(optimizer)
         if not any(term.owned(owned) for term in self._current().terms):
             raise ValueError(
                 "the optimizer holds none of the regularised layers: pass it model.parameters(), "
                 "and attach again after parameters were replaced"
             )
         step = self._loaded_steps.pop(0) if self._loaded_steps else 0
-        self._attached[optimizer] = Attachment(self, optimizer, step)
+        self._attached[optimizer] = Attachment(optimizer, self._add_gradient, step)
         return self._attached[optimizer]
 
-    def _add_gradient(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
+    def _add_gradient(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        factor = self._factor(step)
         if factor == 0:
             return
         scale = getattr(optimizer, "grad_scale", None)
-        owned = _parameters_of(optimizer)
+        owned = parameters_of(optimizer)
         for term in self._current().terms:
             mine = term.owned(owned)
             if mine is not None:
@@ -321,7 +209,7 @@ class OrthoRegularizer:
 
         The steps of attached optimizers are in the order in which they were attached.
         """
-        steps = [attachment.step for attachment in self._attached.values()]
+        steps = [a.step for a in self._attached.values() if a.active]
         return {"step": self.step, "attached_steps": steps, **self._settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -347,13 +235,13 @@ class OrthoRegularizer:
                 attachment.step = self._loaded_steps.pop(0)
 
     def _settings(self) -> dict[str, Any]:
-        weights = self.layer_weights
+        weights = self._selection.layer_weights
         return {
             "penalty": self.penalty,
             "strength": self.strength,
             "side": self.side,
             "layer_weights": weights if isinstance(weights, str) else dict(weights),
-            "bias": self._bias,
+            "bias": self._selection.bias,
             "every": self.every,
             "layers": [layer.name for term in self._current().terms for layer in term.layers],
         }
@@ -365,9 +253,9 @@ class OrthoRegularizer:
         factor = self.schedule(step) if self.schedule else 1.0
         return self.strength * self.every * factor
 
-    def _current(self) -> _Plan:
+    def _current(self) -> Plan:
         """The plan for the parameters the model has now."""
-        if torch.compiler.is_compiling() and self._plan.key:
+        if torch.compiler.is_compiling():
             return self._plan  # a graph is of fixed layers anyway
         key = tuple(
             (id(module), id(p), p.requires_grad, p.device, p.shape)
@@ -375,109 +263,6 @@ class OrthoRegularizer:
             for p in module._parameters.values()
             if p is not None
         )
-        if key != self._plan.key or not key:
-            self._plan = self._make_plan(key, *inspect_layers(self.model))
+        if key != self._key:
+            self._key, self._plan = key, self._selection.plan(self.model)
         return self._plan
-
-    def _make_plan(
-        self, key: tuple[Any, ...], found: list[FilterLayer], skipped: list[SkippedLayer]
-    ) -> _Plan:
-        taken: list[FilterLayer] = []
-        skipped = list(skipped)
-        for layer in found:
-            reason = self._reason_to_skip(layer, found)
-            if reason:
-                skipped.append(SkippedLayer(layer.name, layer.kind, reason))
-            else:
-                taken.append(layer)
-        factors = self._factors(taken)
-        by_device: dict[torch.device, list[int]] = {}
-        for i, layer in enumerate(taken):
-            by_device.setdefault(layer.weight_parameters()[0].device, []).append(i)
-        terms = [
-            _Term(
-                layers=[taken[i] for i in indices],
-                columns=[self._gram_size(taken[i])[1] for i in indices],
-                with_bias=[self._takes_bias(taken[i]) for i in indices],
-                factors=[factors[i] for i in indices],
-                coefficients=torch.tensor([factors[i] for i in indices]).to(device),
-            )
-            for device, indices in by_device.items()
-        ]
-        return _Plan(key, terms, skipped)
-
-    def _reason_to_skip(self, layer: FilterLayer, found: list[FilterLayer]) -> str:
-        if self._exclude is not None and _selects(self._exclude, layer):
-            return "excluded by exclude="
-        if self._include is not None and not _selects(self._include, layer):
-            return "not selected by include="
-        if not layer.trainable:
-            return "frozen: its weight does not require a gradient"
-        if layer.filters == 0 or layer.fan_in == 0:
-            return "it has no filters"
-        if self._include is not None:
-            return ""
-        if layer.kind == "linear" and layer is found[-1] and len(found) > 1:
-            return "the classifier; name it in include= to regularise it"
-        size = self._gram_size(layer)[0]
-        if size > self._max_dim:
-            return (
-                f"its Gram matrix would be {size} x {size}, larger than max_dim={self._max_dim}; "
-                "name it in include= or raise max_dim="
-            )
-        return ""
-
-    def _takes_bias(self, layer: FilterLayer) -> bool:
-        wanted = layer.kind != "linear" if self._bias == "conv" else bool(self._bias)
-        return wanted and layer.bias is not None
-
-    def _gram_size(self, layer: FilterLayer) -> tuple[int, bool]:
-        """The rows of the layer's Gram matrices, and whether they are on the columns' side."""
-        n = layer.filters // layer.groups
-        k = layer.fan_in + int(self._takes_bias(layer))
-        columns = self.side == "cols" or (self.side == "small" and n > k)
-        return (k if columns else n), columns
-
-    def _factors(self, taken: list[FilterLayer]) -> list[float]:
-        if isinstance(self.layer_weights, str):
-            groups = [layer.groups for layer in taken]
-            sizes = [self._gram_size(layer)[0] for layer in taken]
-            return LAYER_WEIGHTS[self.layer_weights](groups, sizes)
-        return [float(self.layer_weights.get(layer.name, 1.0)) for layer in taken]
-
-    def _check_names(self) -> None:
-        """Every name or pattern must mean some layer: a typo would switch the term off silently."""
-        names = [layer.name for layer in inspect_layers(self.model)[0]]
-        for argument, selector in (("include", self._include), ("exclude", self._exclude)):
-            for pattern in _patterns(selector):
-                if not fnmatch.filter(names, pattern):
-                    raise unknown_name(f"layer in {argument}=", pattern, names)
-        if not isinstance(self.layer_weights, str):
-            for name, weight in self.layer_weights.items():
-                if name not in names:
-                    raise unknown_name("layer in layer_weights=", name, names)
-                if not _is_factor(weight):
-                    raise ValueError(
-                        f"layer_weights[{name!r}] is {weight!r}, expected a finite number of at "
-                        "least 0"
-                    )
-
-
-def _is_factor(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-
-
-def _patterns(selector: Selector | None) -> list[str]:
-    if selector is None or callable(selector):
-        return []
-    return [selector] if isinstance(selector, str) else list(selector)
-
-
-def _selects(selector: Selector, layer: FilterLayer) -> bool:
-    if callable(selector):
-        return bool(selector(layer.name, layer.module))
-    return any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in _patterns(selector))
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}

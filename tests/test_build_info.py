@@ -204,7 +204,7 @@ def test_gpu_without_matching_kernels_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=0: (7, 0))
     monkeypatch.setattr(torch.ops, "orthoreg", _Operators(True))
     told = build_module.cuda_reason()
-    assert "built for architectures 80-real 90, the GPU has compute capability 7.0" in told
+    assert "built for architectures 80-real 90, GPU 0 has compute capability 7.0" in told
 
 
 @pytest.fixture
