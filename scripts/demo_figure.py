@@ -36,7 +36,7 @@ def main(history: Path, target: Path) -> None:
     left.set(xlabel=f"epoch; dotted: {removed:.0f} % of the filters removed", ylabel="accuracy, %")
     right.set(ylabel="mean |filter correlation|")
     right.set_xticks([i + 0.2 for i in range(len(layers))], layers)
-    left.legend(loc="lower right")
+    left.legend(loc="center right")
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=130)
 
