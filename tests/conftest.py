@@ -15,9 +15,10 @@ from orthoreg_ext.backend import BACKENDS, Backend
 from orthoreg_ext.build_info import compiled, reason
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small tensors on busy cores wait for threads; tests that need two ask for them."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -392,6 +392,7 @@ def test_bias_shared_by_layers_gets_both_gradients(target: Target) -> None:
     first, second = nn.Conv2d(64, 32, 3).to(target.device), nn.Conv2d(64, 32, 3).to(target.device)
     second.bias = first.bias
     model = nn.Sequential(first, second)
+    torch.set_num_threads(2)
     reg = ox.OrthoRegularizer(model, "so", strength=1.0)
     reg().backward()
     want = first.bias.grad.clone()

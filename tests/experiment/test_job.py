@@ -103,7 +103,9 @@ def test_the_whole_job_and_its_files(tiny: dict[str, Any], tmp_path: Path) -> No
         assert arm.cuts[-1].after.macs < arm.cuts[0].before.macs
     assert result.export["max_difference"] <= result.export["tolerance"]
     assert result.latency.keys() == {"1", "64"}
-    assert json.loads((out / "history.json").read_text())["run"] == result.to_json()
+    assert json.loads((out / "history.json").read_text())["run"] == json.loads(
+        json.dumps(result.to_json())
+    )
     assert result.finished
 
     # what was written is the network that was measured
@@ -333,7 +335,7 @@ def test_a_forced_backend_that_does_not_fit_is_refused_at_once(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ORTHOREG_EXT_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="ORTHOREG_EXT_BACKEND is 'cuda': backend 'cuda'"):
+    with pytest.raises(ValueError, match="backend 'cuda' "):
         run(tiny, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -354,9 +356,16 @@ def test_cuda_runs_are_deterministic_and_leave_the_process_as_it_was(
         )
 
     before = state()
-    with pytest.raises(KeyboardInterrupt), deterministic("cuda"):
-        assert state() == (True, True, False, False, ":4096:8")
-        raise KeyboardInterrupt
+    found = []
+
+    def interrupted_work() -> None:
+        with deterministic("cuda"):
+            found.append(state())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_work()
+    assert found == [(True, True, False, False, ":4096:8")]
     assert state() == before
     with deterministic("cpu"):
         assert state() == before

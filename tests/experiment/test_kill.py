@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from orthoreg_ext.experiment import run
 from orthoreg_ext.experiment.outputs import OUTPUTS
 from orthoreg_ext.experiment.state import STATE_NAME, load_state
 
@@ -88,9 +89,9 @@ def test_killed_while_it_writes_the_weights_it_can_be_continued(
     killed = subprocess.run([sys.executable, "-c", DYING, *arguments], env=environment)
     assert killed.returncode == -signal.SIGKILL
     assert [path for path in out.iterdir() if path.is_dir()], "nothing was left half-written"
-    subprocess.run([*command(tiny, out), "--resume", "--quiet"], env=environment, check=True)
+    run(tiny, out, resume=True)
     assert {path.name for path in out.iterdir()} == {*OUTPUTS, STATE_NAME}
 
-    subprocess.run([*command(tiny, tmp_path / "whole"), "--quiet"], env=environment, check=True)
+    run(tiny, tmp_path / "whole")
     weights = [(tmp_path / n / "weights.safetensors").read_bytes() for n in ("whole", "killed")]
     assert weights[0] == weights[1]
