@@ -13,6 +13,9 @@ STAMPS := $(VENV)/stamps
 STEP := $(PYTHON) scripts/step.py
 # Bound to the torch of the environment: no other one is ever resolved.
 PIP := env PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt $(PY) -m pip install
+# A mis-set VENV must not cost a folder that is something else.
+OWN_VENV = if [ -n "$$(ls -A '$(VENV)' 2>/dev/null)" ] && [ ! -e '$(VENV)/pyvenv.cfg' ]; then \
+	echo 'VENV=$(VENV) is no virtual environment: it is not removed; set another VENV' >&2; exit 1; fi
 # Where nvcc is, the CUDA kernels are compiled for the tests also beside a torch without CUDA.
 NVCC := $(firstword $(wildcard $(CUDACXX) $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc) \
 	$(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
@@ -29,13 +32,14 @@ help: ## list the targets
 
 # ---- the environment ---------------------------------------------------------------------------
 $(STAMPS)/environment: scripts/environment.py
+	@$(OWN_VENV)
 	@rm -rf $(VENV)
 	@$(STEP) "environment $(VENV): torch and build tools" -- \
 		$(PYTHON) scripts/environment.py --folder $(VENV) --torch $(TORCH)
 	@mkdir -p $(STAMPS) && touch $@
 
 # What the package needs at run time, and for development; the package itself is compiled below.
-$(STAMPS)/packages-demo $(STAMPS)/packages-dev: $(STAMPS)/packages-%: $(STAMPS)/environment pyproject.toml
+$(STAMPS)/packages-cli $(STAMPS)/packages-dev: $(STAMPS)/packages-%: $(STAMPS)/environment pyproject.toml
 	@$(STEP) "packages [$*]" --quiet -- env ORTHOREG_EXT_NO_BUILD=1 \
 		$(PIP) --no-build-isolation -e '.[$*]'
 	@touch $@
@@ -43,7 +47,7 @@ $(STAMPS)/packages-demo $(STAMPS)/packages-dev: $(STAMPS)/packages-%: $(STAMPS)/
 INSTALL := $(PIP) -v --no-deps --no-build-isolation -e .
 
 # Any build serves the demo; the tests want the one with the CUDA kernels where they can be compiled.
-$(STAMPS)/build: $(STAMPS)/packages-demo $(BUILD_FILES)
+$(STAMPS)/build: $(STAMPS)/packages-cli $(BUILD_FILES)
 	@rm -f $(STAMPS)/build-test
 	@$(STEP) "compile the package" --quiet -- $(INSTALL)
 	@touch $@
@@ -51,14 +55,15 @@ $(STAMPS)/build: $(STAMPS)/packages-demo $(BUILD_FILES)
 $(STAMPS)/build-test: $(STAMPS)/packages-dev $(BUILD_FILES)
 	@$(STEP) "compile the package, ORTHOREG_CUDA=$(TEST_CUDA)" --quiet -- \
 		env ORTHOREG_CUDA=$(TEST_CUDA) ORTHOREG_WERROR=1 $(INSTALL)
-	@touch $(STAMPS)/packages-demo $(STAMPS)/build $@
+	@touch $(STAMPS)/packages-cli $(STAMPS)/build $@
 
 build: $(STAMPS)/build ## compile the package into .venv (editable)
 
 # ---- what it is for ----------------------------------------------------------------------------
+# Run again, it continues one that was interrupted, and prints the table of one that is finished.
 demo: $(STAMPS)/build ## train, prune and fine-tune a small network on real images; writes build/demo
-	@rm -rf $(DEMO_OUT)
-	@$(STEP) "orthoreg prune" -- $(VENV)/bin/orthoreg prune --out $(DEMO_OUT)
+	@$(STEP) "orthoreg prune" -- $(VENV)/bin/orthoreg prune --resume --out '$(DEMO_OUT)'
+	@echo '==> to start over: make demo DEMO_OUT=ANOTHER_FOLDER, or remove $(DEMO_OUT) first'
 
 lint: $(STAMPS)/packages-dev ## ruff, mypy, clang-format
 	@$(STEP) "ruff check" -- $(PY) -m ruff check .
@@ -96,6 +101,7 @@ gpu-check: ## on a machine with an NVIDIA GPU: tests, compute-sanitizer and benc
 	@PYTHON=$(PYTHON) bash scripts/gpu_check.sh
 
 clean: ## remove the environment and everything built
+	@$(OWN_VENV)
 	rm -rf $(VENV) build dist .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find orthoreg_ext -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,14 +32,14 @@ BACKENDS = {
 _forced: str | None = None
 
 
-def why_not(name: str) -> str:
-    """Says why a backend cannot run here; empty when it can."""
+def why_not(name: str, index: int | None = None) -> str:
+    """Says why a backend cannot run here, on the GPU of that index; empty when it can."""
     if BACKENDS[name].namespace != "orthoreg":
         return ""
     if not build_info.compiled:
         return build_info.reason
     if name == "cuda":
-        return build_info.cuda_reason()
+        return build_info.cuda_reason(index)
     return ""
 
 
@@ -89,8 +89,7 @@ def namespace_for(device: torch.device) -> str | None:
     """
     name = selected()
     if name is None:
-        name = device.type if device.type in BACKENDS else "reference"
-        return None if why_not(name) else BACKENDS[name].namespace
+        return _automatic(device.type, device.index)
     chosen = BACKENDS[name]
     if chosen.device_types and device.type not in chosen.device_types:
         raise RuntimeError(
@@ -98,3 +97,15 @@ def namespace_for(device: torch.device) -> str | None:
             f"move them to {' or '.join(chosen.device_types)} or choose another backend"
         )
     return chosen.namespace
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _automatic(device_type: str, index: int | None) -> str | None:
+    """The compiled operators where they run; a graph of torch.compile keeps the answer."""
+    if device_type not in ("cpu", "cuda"):
+        return None
+    if why_not(device_type, index):
+        if device_type == "cuda":
+            build_info.warn_cuda_fallback_once(index)
+        return None
+    return BACKENDS[device_type].namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ PARTS = ("train", "test")
 HELD_OUT = 1 / 3  # of every class, where the data brings no test images
 SPLIT_SEED = 0  # of the split: the same test images whatever seed the networks start from
 FOLDER_SIZE = 32  # side to which a folder's images are brought unless --image-size says else
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError)  # RuntimeError: zip methods, passwords
 FORMS = (
     "images (uint8 [N, H, W] or [N, H, W, C]) and labels ([N]), optionally test_images and "
     "test_labels; or train_jpeg (uint8, the files one after another), train_offset ([N + 1]) and "
@@ -143,6 +145,7 @@ def _dataset(source: str, raw: _Raw, image_size: int | None) -> Dataset:
         held_out = _held_out(source, labels, raw.classes)
         test_images, test_labels = images[held_out], labels[held_out]
         images, labels = images[~held_out], labels[~held_out]
+    _check_parts(source, images, test_images, image_size)
     if image_size is not None:
         images, test_images = _resized(images, image_size), _resized(test_images, image_size)
 
@@ -153,6 +156,25 @@ def _dataset(source: str, raw: _Raw, image_size: int | None) -> Dataset:
     train = Samples(images, labels, mean, std)
     test = replace(train, images=test_images, labels=test_labels)
     return Dataset(source, raw.classes, train, test, checksum)
+
+
+def _check_parts(source: str, train: Tensor, test: Tensor, image_size: int | None) -> None:
+    """Checks that both parts have images, and of one shape once they are resized."""
+    if not len(test):
+        raise ValueError(
+            f"data {source!r} has no test images in its test part; add some, or leave that part "
+            "out: then a third of the training images is held out"
+        )
+    if not train[0].numel():
+        raise ValueError(f"data {source!r} has images of no pixels: {list(train.shape[2:])}")
+    same = 1 if image_size is not None else 3  # only the channels, where the sides will be equal
+    if train.shape[1 : 1 + same] != test.shape[1 : 1 + same]:
+        shapes = [" x ".join(map(str, part.shape[1:])) for part in (test, train)]
+        raise ValueError(
+            f"data {source!r}: the test images are {shapes[0]} (channels x height x width), the "
+            f"training images {shapes[1]}; bring them to one form"
+            + ("" if train.shape[1] != test.shape[1] else ", or pass --image-size")
+        )
 
 
 def _pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,9 +296,12 @@ def _load_npz(path: Path) -> _Raw:
     """Reads an .npz in one of ``FORMS``."""
     numpy = require("numpy")
     try:
-        with numpy.load(path, allow_pickle=False) as file:
+        loaded = numpy.load(path, allow_pickle=False)
+        if not isinstance(loaded, numpy.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array, as an .npy file does")
+        with loaded as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+    except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot read {str(path)!r} as an .npz file ({error})") from error
     jpeg = "train_jpeg" in arrays
     if jpeg:
@@ -289,6 +314,10 @@ def _load_npz(path: Path) -> _Raw:
             f"data {str(path)!r} has no array {missing[0]!r} (it has {sorted(arrays)}); "
             f"expected {FORMS}"
         )
+    absent = [key for key in keys[1] if key not in arrays]
+    if 0 < len(absent) < len(keys[1]):
+        there = next(key for key in keys[1] if key in arrays)
+        raise ValueError(f"data {str(path)!r} has {there!r} but no {absent[0]!r}; expected {FORMS}")
     unpack = _unpack_jpegs if jpeg else _unpack_arrays
     parts = [unpack(path, arrays, k) for k in keys if all(key in arrays for key in k)]
     values = sorted({int(value) for _, labels in parts for value in labels})
@@ -320,21 +349,36 @@ def _unpack_arrays(path: Path, arrays: dict[str, Any], keys: Sequence[str]) -> t
             f"data {str(path)!r}: {keys[1]} is {labels.dtype} {list(labels.shape)}; "
             f"expected one whole number for each of the {len(images)} images"
         )
-    pixels = torch.from_numpy(images.reshape(*images.shape[:3], -1).copy())
+    pixels = torch.from_numpy(images if images.ndim == 4 else images[..., None])
     return pixels.permute(0, 3, 1, 2).contiguous(), labels
 
 
 def _unpack_jpegs(path: Path, arrays: dict[str, Any], keys: Sequence[str]) -> tuple[Tensor, Any]:
     """Images of the packed form, uint8 [n, c, h, w], and their labels."""
     packed, offset, labels = (arrays[key] for key in keys)
-    if packed.dtype != "uint8" or offset.shape != (len(labels) + 1,) or offset[-1] != len(packed):
+    if packed.dtype != "uint8" or packed.ndim != 1:
         raise ValueError(
-            f"data {str(path)!r}: {keys[1]} must have one entry more than {keys[2]} "
-            f"({len(labels)}) and end at the length of {keys[0]} ({len(packed)})"
+            f"data {str(path)!r}: {keys[0]} is {packed.dtype} {list(packed.shape)}; expected uint8 "
+            "[bytes], the JPEG files one after another"
         )
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"data {str(path)!r}: {keys[2]} is {labels.dtype} {list(labels.shape)}; expected one "
+            "whole number for each image, [N]"
+        )
+    count = len(labels)
+    ordered = offset.shape == (count + 1,) and offset.dtype.kind in "iu"
+    ends = [int(value) for value in offset] if ordered else []
+    if not ends or ends != sorted(ends) or (ends[0], ends[-1]) != (0, len(packed)):
+        raise ValueError(
+            f"data {str(path)!r}: {keys[1]} must have one entry more than {keys[2]} ({count}), "
+            f"begin at 0, never fall and end at the length of {keys[0]} ({len(packed)})"
+        )
+    if not count:
+        return torch.empty(0, 1, 1, 1, dtype=torch.uint8), labels
     pictures = [
         _open(io.BytesIO(packed[start:stop].tobytes()), f"{path}: {keys[0]} {index}")
-        for index, (start, stop) in enumerate(pairwise(offset))
+        for index, (start, stop) in enumerate(pairwise(ends))
     ]
     if len({p.size for p in pictures}) > 1:
         raise ValueError(f"data {str(path)!r}: the images of {keys[0]} differ in size")

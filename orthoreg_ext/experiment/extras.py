@@ -15,8 +15,9 @@ def require(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name.partition(".")[0]):
+        package = (error.name or "").partition(".")[0]
+        if package != module.partition(".")[0]:
             raise
         raise ImportError(
-            f"{error.name} is not installed; install it with: pip install orthoreg_ext[demo]"
+            f"{package} is not installed; install it with: pip install orthoreg_ext[cli]"
         ) from error

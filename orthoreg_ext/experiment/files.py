@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from pathlib import Path
+
+_CHECKPOINT = r"weights\.safetensors|history\.json"  # its files, in a folder until they are whole
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -69,7 +73,7 @@ def create_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for entry in folder.iterdir():
             if _is_leftover(entry):
-                entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     except OSError as error:
         raise OSError(
             error.errno,
@@ -79,5 +83,9 @@ def create_folder(folder: Path) -> None:
 
 
 def _is_leftover(entry: Path) -> bool:
-    name = entry.name  # of write_atomic, or of a checkpoint
-    return name.startswith(".orthoreg-") or (name.startswith(".") and name.endswith(".tmp"))
+    """Whether an entry is what a killed write_atomic, or a killed checkpoint, left half-written."""
+    if entry.is_symlink() or not entry.is_dir():
+        return re.fullmatch(r"\..+\.\d+\.tmp", entry.name) is not None
+    if not re.fullmatch(r"\.orthoreg-[a-z0-9_]{8}", entry.name):
+        return False
+    return all(re.fullmatch(rf"(old-)?({_CHECKPOINT})", file.name) for file in entry.iterdir())

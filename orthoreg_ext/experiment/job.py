@@ -14,7 +14,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,15 +26,16 @@ from .. import pruning
 from ..build_info import build_info
 from ..regularizer import OrthoRegularizer
 from . import measure
+from .checks import check_backend, check_export, check_packages, refusing
 from .data import Dataset, load_dataset
 from .files import check_folder, create_folder
 from .models import build_model
 from .outputs import OUTPUTS, write_outputs
 from .progress import Show, cut_line, epoch_line
 from .record import Arm, Cut, Epoch, Run, Size
-from .settings import Settings
+from .settings import Settings, why_no_gpu
 from .state import STATE_NAME, load_state, restore_training, save_state, training_tensors, under
-from .train import DivergedError, accuracy, train_epoch
+from .train import DivergedError, accuracy, deterministic, train_epoch
 
 CALIBRATION = 10_000  # training images that score the filters, as in OrthoReg's released code
 MOMENTUM = 0.9
@@ -121,11 +122,19 @@ class Job:
         """Returns the optimizer of a stage; its learning rate is set at every batch."""
         return torch.optim.SGD(model.parameters(), lr=0, momentum=MOMENTUM, nesterov=True)
 
-    def check_cut(self) -> None:
-        """Cuts a copy of an untrained network, so that what cannot be cut is refused at once."""
+    def check_network(self) -> None:
+        """Cuts and exports untrained networks: what cannot be cut or exported is refused at once.
+
+        Raises:
+            ValueError: The network cannot be cut as asked, or not exported.
+        """
         first = self.steps[self.settings.epochs]
-        for criterion in (self.settings.criterion, "l1"):
-            self._cut(self.fresh(self.settings.seed), criterion, first.gone, samples=2)
+        network = self.fresh(self.settings.seed)
+        with refusing(f"--model {self.settings.model!r} cannot be pruned"):
+            self._cut(network, self.settings.criterion, first.gone, samples=2)
+            self._cut(self.fresh(self.settings.seed), "l1", first.gone, samples=2)
+        with refusing(f"--model {self.settings.model!r} cannot be exported"):
+            check_export(network, self.train.batch(slice(0, 2))[0])
 
     def _cut(
         self, model: nn.Module, criterion: str, ratio: float, samples: int = CALIBRATION
@@ -259,8 +268,9 @@ class Job:
         network = networks["regularised"]
         network.load_state_dict(under("kept.model.", self.kept))
         matrices = under("kept.matrix.", self.kept)
-        write_outputs(self.run, network, self.test.batch(slice(0, 64))[0], matrices, self.out)
-        self.run.finished = True
+        finished = replace(self.run, finished=True)
+        write_outputs(finished, network, self.train.batch(slice(0, 64))[0], matrices, self.out)
+        self.run = finished
         self.save()
 
 
@@ -280,7 +290,8 @@ def run(
         The finished run, as ``history.json`` holds it.
 
     Raises:
-        ValueError: A setting, the data, the folder or the stored state does not do.
+        ValueError: A setting, the data, the network, the folder or the stored state does not do.
+        ImportError: A package is missing that the run needs, also only for its last file.
         DivergedError: The training diverged; the stored state is the one of the epoch before.
         OSError: Something could not be written; the stored state is intact.
     """
@@ -294,14 +305,21 @@ def run(
         record.settings.check_same(given)
         if record.finished and all((out / name).exists() for name in OUTPUTS):
             return record
+        if record.settings.device == "cuda" and (reason := why_no_gpu()):
+            raise ValueError(
+                f"the run in --out {str(out)!r} has --device cuda, which cannot be used here "
+                f"({reason}); continue it where a GPU is, or start again with another --out"
+            )
     settings = record.settings if record else Settings(**given).resolved()
+    check_packages()
+    check_backend(settings.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
         dataset = load_dataset(settings.data, settings.image_size)
         job = Job(record or new_run(settings, dataset), dataset, out, tensors)
         if record is None:
-            job.check_cut()
+            job.check_network()
         elif record.data != described(dataset):
             raise ValueError(
                 f"--data {settings.data!r} changed since the run began: it cannot be continued; "
@@ -311,9 +329,10 @@ def run(
         if record is None:
             job.save()
         arms = job.run.arms
-        with screen(len(arms) * len(job.steps), sum(arm.done for arm in arms)) as show:
-            job.execute(show)
-        job.finish()
+        with deterministic(settings.device):
+            with screen(len(arms) * len(job.steps), sum(arm.done for arm in arms)) as show:
+                job.execute(show)
+            job.finish()
         return job.run
     finally:
         torch.set_num_threads(threads)

@@ -113,7 +113,7 @@ def model_factory(name: str) -> Callable[..., nn.Module]:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, SyntaxError) as error:
         raise ValueError(
             f"model {name!r}: cannot import {module_name!r} ({error}); "
             "give a module that Python finds from here, as pkg.module:factory"
@@ -137,15 +137,24 @@ def build_model(
     ``num_classes`` and ``in_channels`` are given to the factory where its signature takes them.
 
     Raises:
-        ValueError: The name is unknown, the factory returns no module, the images are too small
-            for the network, or its output is not ``[batch, num_classes]``.
+        ValueError: The name is unknown, the factory fails or returns no module, the network does
+            not read the images, or its output is not ``[batch, num_classes]``.
     """
     factory = model_factory(name)
     offered = {"num_classes": num_classes, "in_channels": image_shape[0]}
-    parameters = inspect.signature(factory).parameters
+    signature = inspect.signature(factory)
+    parameters = signature.parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    taken = {k: v for k, v in offered.items() if takes_all or k in parameters}
     torch.manual_seed(seed)
-    model = factory(**{k: v for k, v in offered.items() if takes_all or k in parameters})
+    try:
+        signature.bind(**taken)
+        model = factory(**taken)
+    except TypeError as error:
+        raise ValueError(
+            f"model {name!r} cannot be built ({error}); its factory is called with num_classes and "
+            "in_channels where it takes them, and with nothing else"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"model {name!r} returned {type(model).__name__}; expected a torch.nn.Module"
@@ -154,8 +163,8 @@ def build_model(
     try:
         with torch.no_grad():
             output = model.eval()(torch.zeros(1, *image_shape))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"model {name!r} cannot read images of {shape} ({reason}); "
             "pass a larger --image-size or another --model"

@@ -31,10 +31,10 @@ def write_outputs(
     :func:`orthoreg_ext.pruning.replay`; ``history.json`` holds the run, too, under ``"run"``.
 
     Args:
-        run: The run; its ``export`` is filled in.
+        run: The finished run; its ``export`` is filled in.
         network: The network whose weights are written.
         images: Network inputs of several images.
-        matrices: What :func:`orthoreg_ext.report.write_report` draws.
+        matrices: What :func:`orthoreg_ext.report.report_html` draws.
         out: The folder.
 
     Raises:
@@ -44,8 +44,22 @@ def write_outputs(
     run.export = export_program(network, images, out / "model.pt2")
     arm = next(arm for arm in run.arms if arm.regularised)
     document = {**arm.checkpoint, **summary(run), "run": run.to_json()}
-    checkpoint.save(network, document, out, overwrite=True)
     write_atomic(out / "report.html", report_html(run, matrices).encode())
+    checkpoint.save(network, document, out, overwrite=True)  # last: its history says "finished"
+
+
+def exported(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """Returns the network, put in eval mode, as a program for batches of any size.
+
+    Args:
+        model: The network.
+        images: Network inputs, ``[n >= 2, channels, height, width]``.
+
+    Raises:
+        RuntimeError: Something in the network cannot be exported.
+    """
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(model.eval(), (images,), dynamic_shapes=({0: batch},), strict=False)
 
 
 def export_program(
@@ -64,11 +78,8 @@ def export_program(
         RuntimeError: The network cannot be exported, or the loaded program differs.
         OSError: The file cannot be written.
     """
-    model = model.eval()
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},), strict=False)
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(exported(model, images), buffer)
     write_atomic(path, buffer.getvalue())
 
     loaded = torch.export.load(path).module()

@@ -13,6 +13,17 @@ Show = Callable[[str, bool], None]
 """Called after every step with its line, and whether the line should stay on the screen."""
 
 
+def check_terminal(*streams: TextIO) -> None:
+    """Checks that rich is there if any of the streams, on which something is shown, is a terminal.
+
+    Raises:
+        ImportError: It is not installed; the text names the extra that brings it.
+    """
+    if any(stream.isatty() for stream in streams):
+        for module in ("rich.console", "rich.progress", "rich.table"):
+            require(module)
+
+
 @contextmanager
 def showing(total: int, done: int, stream: TextIO, *, quiet: bool) -> Iterator[Show]:
     """Yields the function that shows a step; ``done`` of ``total`` steps are behind already."""

@@ -13,6 +13,7 @@ from ..errors import choose
 from ..penalties import PENALTIES
 from ..pruning import CRITERIA
 
+DEVICES = ("auto", "cpu", "cuda")
 STRENGTHS = {"orthoreg": 1e-2, "so": 1e-1, "offdiag": 1e-1}
 """Default strength of each penalty; chosen on the digits, see ``Settings``."""
 
@@ -77,7 +78,7 @@ class Settings:
         """
         choose("--criterion", self.criterion, CRITERIA)
         choose("--penalty", self.penalty, PENALTIES)
-        choose("--device", self.device, ["auto", "cpu", "cuda"])
+        choose("--device", self.device, DEVICES)
         for name in ("ratio", "max_layer_ratio"):
             _expect(name, getattr(self, name), 0 < getattr(self, name) < 1, "between 0 and 1")
         for name in ("rounds", "seeds", "epochs", "finetune_epochs"):
@@ -93,12 +94,10 @@ class Settings:
             _expect("image_size", self.image_size, self.image_size >= 1, "of at least 1")
         strength = STRENGTHS.get(self.penalty, 1e-2) if self.strength is None else self.strength
         _expect("strength", strength, strength >= 0, "of at least 0")
-        device = self.device
+        device, reason = self.device, why_no_gpu()
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif device == "cuda" and not torch.cuda.is_available():
-            no_cuda = torch.version.cuda is None
-            reason = "torch is built without CUDA" if no_cuda else "no GPU is visible"
+            device = "cpu" if reason else "cuda"
+        elif device == "cuda" and reason:
             raise ValueError(f"--device cuda cannot be used ({reason}); use --device cpu")
         return replace(self, strength=strength, device=device)
 
@@ -110,19 +109,28 @@ class Settings:
         """Checks that settings given again are those of this run.
 
         Args:
-            given: Some settings by name; None stands for "not given".
+            given: Some settings by name; a device of ``"auto"`` is the one that the run has.
 
         Raises:
-            ValueError: One differs; the text names its option.
+            ValueError: One differs or is out of its range; the text names its option.
         """
         stored = asdict(self)
-        again = asdict(replace(self, **given).resolved())
+        device = choose("--device", given.get("device", "auto"), DEVICES)
+        again = asdict(replace(self, **{**given, "device": "cpu"}).resolved())
+        again["device"] = self.device if device == "auto" else device
         for name in given:
             if again[name] != stored[name]:
                 raise ValueError(
                     f"{option(name)} is {again[name]!r}, but the run to continue has "
                     f"{stored[name]!r}; leave the option out, or choose another --out"
                 )
+
+
+def why_no_gpu() -> str:
+    """Says why ``--device cuda`` cannot be used here; empty when it can."""
+    if torch.cuda.is_available():
+        return ""
+    return "torch is built without CUDA" if torch.version.cuda is None else "no GPU is visible"
 
 
 def option(name: str) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +18,41 @@ from .data import Samples
 
 class DivergedError(ArithmeticError):
     """The loss is no longer a finite number."""
+
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def deterministic(device: str) -> Iterator[None]:
+    """Makes work on a GPU repeatable where that is cheap; everything is as before afterwards.
+
+    Promised on ``cuda``: torch's and cuDNN's kernels are the deterministic ones where they exist,
+    cuDNN does not choose by timing, and an operation that has none (a custom ``--model`` may use
+    one) warns and still runs. Networks of such operations only give the same numbers again on the
+    same GPU model, driver and versions, interrupted or not; nothing is promised between machines.
+    cuBLAS takes part only if this process did not use it before. On ``cpu`` nothing changes: there
+    the numbers are the same for the same processor, versions and ``--threads``.
+    """
+    if device != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic  # a module whose attributes are properties
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = cudnn.benchmark, memory.fill_uninitialized_memory, os.environ.get(_CUBLAS)
+    try:
+        os.environ.setdefault(_CUBLAS, ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        cudnn.benchmark = False
+        memory.fill_uninitialized_memory = False  # it is never read, and filling it takes time
+        yield
+    finally:
+        cudnn.benchmark, memory.fill_uninitialized_memory, workspace = before
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        if workspace is None:
+            os.environ.pop(_CUBLAS, None)
 
 
 def shift(

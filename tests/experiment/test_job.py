@@ -251,7 +251,7 @@ def test_changed_data_or_network_cannot_be_continued(tiny: dict[str, Any], tmp_p
 
 
 def test_a_network_that_cannot_be_cut_or_exported_is_refused_at_once(
-    tiny: dict[str, Any], tmp_path: Path
+    tiny: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     net = tmp_path / "odd_nets.py"
     net.write_text(ODD_NETS)
@@ -262,6 +262,7 @@ def test_a_network_that_cannot_be_cut_or_exported_is_refused_at_once(
         with pytest.raises(ValueError, match=f"--model 'odd_nets:{factory}' {text}"):
             run(tiny | {"model": f"odd_nets:{factory}"}, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+        assert capfd.readouterr() == ("", "")  # the error says it all
 
 
 ODD_NETS = """
