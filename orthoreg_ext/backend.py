@@ -89,7 +89,8 @@ def namespace_for(device: torch.device) -> str | None:
     """
     name = selected()
     if name is None:
-        return _automatic(device.type, device.index)
+        namespace: str | None = _automatic(device.type, device.index)
+        return namespace
     chosen = BACKENDS[name]
     if chosen.device_types and device.type not in chosen.device_types:
         raise RuntimeError(
