@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -94,6 +95,9 @@ def check_layers(
         raise TypeError("weights must be a sequence of tensors; put the tensor in a list: [weight]")
     weights = [check_tensor(f"weights[{i}]", w, minimum_dim) for i, w in enumerate(weights)]
     count = len(weights)
+    for argument, values in (("biases", biases), ("groups", groups)):
+        if values is not None and not isinstance(values, Sequence):
+            raise TypeError(f"{argument} must be a sequence with one entry for each of the weights")
     if biases is not None and len(biases) != count:
         raise wrong_length("biases", len(biases), count, "weights")
     if groups is not None and len(groups) != count:
@@ -217,6 +221,10 @@ def check_coefficients(
     if coefficients is None:
         return None
     if not isinstance(coefficients, Tensor):
+        if not all(isinstance(c, Real) for c in coefficients):
+            raise TypeError(
+                "coefficients must be numbers, one for each of the weights, or a tensor"
+            )
         coefficients = torch.tensor(list(coefficients), dtype=torch.float64).to(device)
     if coefficients.shape != (count,):
         raise ValueError(

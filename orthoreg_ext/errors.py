@@ -16,7 +16,7 @@ def unknown_name(kind: str, got: object, valid: Iterable[str]) -> ValueError:
     """
     names = sorted(valid)
     near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return ValueError(f"unknown {kind} {got!r}{hint} Valid: {', '.join(names) or 'none'}.")
 
 

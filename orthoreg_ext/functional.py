@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, reference
 from .arguments import (
@@ -91,7 +93,7 @@ def gram(
 
 
 def _grams(layers: Layers, columns: list[bool]) -> list[Tensor]:  # each [g, m, m]
-    namespace = namespace_for(layers.device)
+    namespace = _compiled(layers)
     if namespace is None:
         return [
             reference.gram(reference.filter_matrices(w, b, g), c)
@@ -106,7 +108,18 @@ def _grams(layers: Layers, columns: list[bool]) -> list[Tensor]:  # each [g, m, 
 
 
 def _namespace(penalty: Penalty, layers: Layers) -> str | None:
-    return namespace_for(layers.device) if penalty.compiled else None
+    if not penalty.compiled:
+        return None
+    return _compiled(layers)
+
+
+def _compiled(layers: Layers) -> str | None:
+    """The compiled operators; forward-mode derivatives, unknown to them, go without."""
+    if not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in (*layers.weights, *layers.biases)
+    ):
+        return None
+    return namespace_for(layers.device)
 
 
 def _penalty_values(layers: Layers, penalty: Penalty, sides: Sides) -> Tensor:
@@ -209,6 +222,8 @@ def add_gram_penalty_grad_(
         ValueError: as in :func:`gram_penalty`.
     """
     row, side = get_penalty(penalty), choose("side", side, SIDES)
+    if not isinstance(strength, (Real, Tensor)):
+        raise TypeError(f"strength must be a number or a tensor, got {type(strength).__name__}")
     original = list(weights)
     layers = check_layers(original, biases, groups)
     if not layers.weights:
@@ -349,6 +364,8 @@ def filter_scores(
     if isinstance(criteria, str):
         raise TypeError(f"criteria must be a sequence of names; write ({criteria!r},)")
     names = [choose("criterion", name, reference.SCORES) for name in criteria]
+    if not names:
+        raise ValueError(f"criteria is empty, expected some of {', '.join(reference.SCORES)}")
     if dim not in (0, 1):
         raise ValueError(f"dim is {dim!r}, expected 0 (filters) or 1 (input channels)")
     if dim == 1 and biases is not None:

@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ def _on_device(
 
 def is_factor(value: object) -> bool:
     """Whether the value is a finite number of at least 0."""
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+    return isinstance(value, Real) and math.isfinite(value) and float(value) >= 0
 
 
 def _patterns(selector: Selector | None) -> list[str]:

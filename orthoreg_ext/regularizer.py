@@ -90,7 +90,7 @@ class OrthoRegularizer:
             choose("layer_weights", layer_weights, LAYER_WEIGHTS)
         self.model = model
         self.penalty = get_penalty(penalty).name
-        self.strength = strength
+        self.strength = float(strength)
         self.side = choose("side", side, SIDES)
         self.every = every
         self.schedule = schedule
@@ -147,6 +147,10 @@ class OrthoRegularizer:
             ValueError: already attached to this optimizer, it holds none of the layers, or it
                 calls its closure several times a step (LBFGS): use ``loss + reg()`` there.
         """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 "LBFGS evaluates its closure many times a step: use loss + reg() instead"
@@ -169,9 +173,11 @@ class OrthoRegularizer:
             return
         scale = getattr(optimizer, "grad_scale", None)
         owned = parameters_of(optimizer)
+        added = False
         for term in self._current().terms:
             mine = term.owned(owned)
             if mine is not None:
+                added = True
                 tensors, coefficients = mine
                 functional.add_gram_penalty_grad_(
                     penalty=self.penalty,
@@ -180,6 +186,13 @@ class OrthoRegularizer:
                     coefficients=coefficients,
                     **tensors,
                 )
+
+        if not added and self._current().terms:
+            warnings.warn(
+                "the optimizer holds none of the regularised layers any more, so the term is lost: "
+                "parameters were replaced (give prune its optimizer=) or frozen since attach()",
+                stacklevel=2,
+            )
 
     def report(self) -> Report:
         """Measures every layer: its penalty, its factor in the term, its filters' correlation."""
@@ -251,7 +264,20 @@ class OrthoRegularizer:
         if step % self.every:
             return 0.0
         factor = self.schedule(step) if self.schedule else 1.0
+        if not is_factor(factor):
+            raise ValueError(
+                f"schedule({step}) gave {factor!r}, expected a finite number of at least 0"
+            )
         return self.strength * self.every * factor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is attached to no optimizer; see :meth:`state_dict` for resuming."""
+        return {**self.__dict__, "_attached": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy, attached to nothing."""
+        self.__dict__.update(state)
+        self._attached = weakref.WeakKeyDictionary()
 
     def _current(self) -> Plan:
         """The plan for the parameters the model has now."""

@@ -117,6 +117,19 @@ CASES = [
     (lambda: F.filter_scores([W], dim=2), ValueError, "dim is 2, expected 0"),
     (lambda: F.filter_scores([W], dim=1, biases=[None]), ValueError, "biases belong to filters"),
     (
+        lambda: F.filter_scores([W], criteria=()),
+        ValueError,
+        "criteria is empty, expected some of l1",
+    ),
+    (lambda: F.gram_penalty([W], groups=1), TypeError, "groups must be a sequence with one entry"),
+    (lambda: F.gram_penalty([W], coefficients="a"), TypeError, "coefficients must be numbers"),
+    (
+        lambda: F.add_gram_penalty_grad_([W], strength="a"),
+        TypeError,
+        "strength must be a number or a tensor, got str",
+    ),
+    (lambda: F.gram_penalty([W], "xyzzy"), ValueError, r"unknown penalty 'xyzzy'\. Valid: offdiag"),
+    (
         lambda: ox.backend("cud").__enter__(),
         ValueError,
         "unknown backend 'cud'; did you mean 'cuda'",

@@ -141,6 +141,20 @@ def test_compiles_into_one_graph(target: Target, engine: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_derivatives_are_right(target: Target, name: str) -> None:
+    weight = torch.randn(4, 5, dtype=torch.float64, device=target.device)
+    along = torch.randn_like(weight)
+    for function in (
+        lambda w: F.gram_penalty([w], name).sum(),
+        lambda w: F.gram([w])[0].square().sum(),
+    ):
+        _, tangent = torch.func.jvp(function, (weight,), (along,))
+        moved = weight.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(moved), moved)
+        torch.testing.assert_close(tangent, (grad * along).sum())
+
+
 def test_vmap_is_refused(target: Target) -> None:
     weight = torch.randn(2, 3, 4, device=target.device)
     with pytest.raises(RuntimeError):

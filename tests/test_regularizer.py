@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -386,6 +388,33 @@ def test_detached_optimizer_can_be_attached_again(net: Net) -> None:
         reg.attach(optimizer).remove()
         reg.attach(optimizer)
         del optimizer
+
+
+def test_optimizer_left_behind_by_replaced_parameters_warns(net: Net) -> None:
+    reg = ox.OrthoRegularizer(net, include="fc")
+    optimizer = torch.optim.SGD(net.fc.parameters(), lr=1.0)
+    reg.attach(optimizer)
+    net.fc.weight = nn.Parameter(net.fc.weight.detach().clone())
+    net.fc.bias = nn.Parameter(net.fc.bias.detach().clone())
+    with pytest.warns(
+        UserWarning, match="the optimizer holds none of the regularised layers any more"
+    ):
+        optimizer.step()
+
+
+def test_pickled_regulariser_is_attached_to_nothing(net: Net) -> None:
+    reg = ox.OrthoRegularizer(net, strength=np.float32(0.5))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    reg.attach(optimizer)
+    other = pickle.loads(pickle.dumps(reg))
+    torch.testing.assert_close(other(), reg())
+    other.attach(torch.optim.SGD(other.model.parameters(), lr=1.0))
+    assert reg.state_dict()["attached_steps"] == [0]
+
+
+def test_schedule_that_gives_no_number_is_named(net: Net) -> None:
+    with pytest.raises(ValueError, match=r"schedule\(0\) gave None, expected a finite number"):
+        ox.OrthoRegularizer(net, schedule=lambda step: None)()
 
 
 def test_bias_shared_by_layers_gets_both_gradients(target: Target) -> None:
