@@ -2,7 +2,9 @@
 
 from . import functional, pruning
 from .backend import backend
-from .build_info import build_info
+from .build_info import VERSION, build_info
 from .regularizer import OrthoRegularizer
 
-__all__ = ["OrthoRegularizer", "backend", "build_info", "functional", "pruning"]
+__version__ = VERSION
+
+__all__ = ["OrthoRegularizer", "__version__", "backend", "build_info", "functional", "pruning"]

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from .checks import check_model, refuse_reparametrized
 from .counts import widths
 from .equivalence import outputs_of
+from .history import check_history, units_of
 from .removal import commit, memory_format, removal_edits, tensor_cuts, undo
 from .structure import trace
-from .units import NEVER, Structure
+from .units import Structure
 
 FORMAT = "orthoreg_ext.pruning/1"
 HISTORY, WEIGHTS = "history.json", "weights.safetensors"
@@ -133,22 +133,25 @@ def replay(
     Args:
         model: a fresh unpruned model of the same architecture; changed in place.
         example_inputs: as for :func:`prune`.
-        source: a directory written by :meth:`PruneResult.save`; or a history, which removes the
-            filters and leaves the weights that are there.
+        source: a directory written by :meth:`PruneResult.save` (or the `history.json` in it); or a
+            history, which removes the filters and leaves the weights that are there.
 
     Returns:
         `model`.
 
     Raises:
         FileNotFoundError: the directory or one of its two files is missing.
+        TypeError: `source` is neither a directory nor a history.
         ValueError: another architecture or dtype, a damaged file, an unknown version, a history
-            that does not fit. The model is untouched.
+            that does not fit, inputs that the model fails on. The model is untouched.
     """
     check_model(model)
     if not isinstance(source, (str, Path)):
-        _cut(model, example_inputs, source, None)
+        _cut(model, example_inputs, check_history(source), None)
         return model
     directory = Path(source)
+    if directory.name == HISTORY and directory.is_file():
+        directory = directory.parent
     document = _read_history(directory / HISTORY)
     if document["architecture"] != fingerprint(model):
         raise ValueError(
@@ -168,14 +171,11 @@ def _cut(
     state: dict[str, Tensor] | None,
 ) -> None:
     structure = trace(model, example_inputs)
-    removed = _units_of(structure, history)
+    removed = units_of(structure, history)
     if state is not None:
         _check_state(model, structure, removed, state)
     if not len(removed):
         return
-    for group in structure.groups:  # what was pruned once is taken as prunable
-        if torch.isin(group.units, removed).any():
-            group.reason = None
     refuse_reparametrized(model, structure)
     done = commit(removal_edits(model, structure, removed))
     try:
@@ -183,33 +183,6 @@ def _cut(
     except BaseException:
         undo(done)
         raise
-
-
-def _units_of(structure: Structure, history: Sequence[dict[str, Any]]) -> Tensor:
-    """The units that a history removes, checked against every layer it names."""
-    recorded: dict[str, set[int]] = defaultdict(set)
-    for entry in history:
-        recorded[entry["layer"]].update(entry["removed"])
-    slots = {slot.layer: slot for slot in structure.slots if slot.has_filters}
-    units = []
-    for layer, indices in recorded.items():
-        if layer not in slots:
-            raise ValueError(f"the history names layer {layer!r}, which this model does not have")
-        if not indices or not 0 <= min(indices) <= max(indices) < len(slots[layer].units):
-            raise ValueError(
-                f"the history removes filters {sorted(indices)[:3]}... of {layer!r}, which has "
-                f"{len(slots[layer].units)}"
-            )
-        units.append(slots[layer].units[sorted(indices)])
-    removed = torch.cat(units).unique() if units else torch.empty(0, dtype=torch.int64)
-    for layer, slot in slots.items():
-        gone = set(torch.isin(slot.units, removed).nonzero().flatten().tolist())
-        if gone != recorded[layer] or NEVER in removed:
-            raise ValueError(
-                f"the history does not fit this model: it would remove {len(gone)} filters of "
-                f"{layer!r}, but records {len(recorded[layer])}; the layers are coupled differently"
-            )
-    return removed
 
 
 def _check_state(
@@ -280,7 +253,7 @@ def _split_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], l
 def _read_history(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"{path} is missing: not a pruning checkpoint") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error

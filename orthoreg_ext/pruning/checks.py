@@ -41,6 +41,29 @@ def check_model(model: object, argument: str = "model") -> nn.Module:
     return model
 
 
+def check_callable(argument: str, value: object, signature: str) -> None:
+    """Refuses an optional function that cannot be called.
+
+    Raises:
+        TypeError: naming the argument and how it would be called.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{argument} is {value!r}, expected a function {signature} or None")
+
+
+def refuse_inference_mode() -> None:
+    """Refuses to work where new parameters could never be trained.
+
+    Raises:
+        RuntimeError: inside `torch.inference_mode()`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "prune was called inside torch.inference_mode(), where the smaller parameters would be "
+            "inference tensors; leave inference_mode (torch.no_grad() may stay)"
+        )
+
+
 def layer_names(model: nn.Module, ignored: Iterable[str | nn.Module]) -> set[str]:
     """Resolves ignored layers to names; a container stands for everything inside.
 
@@ -146,6 +169,10 @@ def optimizer_list(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Op
     """
     if optimizer is None:
         return []
+    if not isinstance(optimizer, (Optimizer, Iterable)):
+        raise TypeError(
+            f"optimizer is {type(optimizer).__name__}, expected a torch.optim.Optimizer or several"
+        )
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     for entry in optimizers:
         if not isinstance(entry, Optimizer):

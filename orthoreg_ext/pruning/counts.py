@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import filter_layers
-from .inputs import call, device_of, to_device, undisturbed
+from .inputs import call_examples, device_of, to_device, undisturbed
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,13 @@ def count(model: nn.Module, example_inputs: Any) -> Counts:
     Args:
         model: any module.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: the model's forward fails on the example inputs; the cause is chained.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module")
     macs = 0
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -54,7 +60,7 @@ def count(model: nn.Module, example_inputs: Any) -> Counts:
     hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, kinds)]
     try:
         with undisturbed(model), torch.no_grad():
-            call(model, to_device(example_inputs, device_of(model)))
+            call_examples(model, to_device(example_inputs, device_of(model)))
             filters = sum(widths(model).values())
     finally:
         for hook in hooks:

@@ -7,6 +7,7 @@ model, with zeros in every parameter entry that is about to go, must give the ou
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from .units import Structure
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
 # Layers whose statistics run over channels: a zero channel is not a missing one.
 _ACROSS_CHANNELS = ("LayerNorm", "GroupNorm", "RMSNorm")
+_FAILS = "its forward pass fails"
 _T = TypeVar("_T")
 
 
@@ -69,7 +71,7 @@ def _readable(read: Callable[[], _T]) -> _T | None:
 
 
 def outputs_of(
-    model: nn.Module, inputs: Any, state: dict[str, Tensor] | None = None
+    model: nn.Module, inputs: Any, state: dict[str, Tensor] | None = None, seed: int | None = None
 ) -> list[Tensor]:
     """The floating-point outputs in eval mode, with some parameters replaced; changes nothing.
 
@@ -77,9 +79,13 @@ def outputs_of(
         model: the model.
         inputs: its example inputs.
         state: qualified parameter name -> tensor to use in its place.
+        seed: of the random numbers drawn in it; None goes on from the state as it is.
     """
     inputs = to_device(inputs, device_of(model))
     with undisturbed(model), torch.no_grad(), full_precision():
+        if seed is not None:
+            random.seed(seed)
+            torch.manual_seed(seed)
         if not state:
             result = call(model, inputs)
         elif isinstance(inputs, dict):
@@ -127,11 +133,19 @@ def checked_commit(
         inputs: example inputs.
 
     Raises:
-        RuntimeError: the removal failed or the outputs differ; the model is as before.
+        RuntimeError: the removal failed, the outputs differ, or they are random; the model is as
+            before.
     """
     problem = _problem(model, structure, removed, edits, inputs)
     if problem is None:
         return
+    if not problem.startswith(_FAILS) and (own := _randomness(model, inputs)):
+        raise RuntimeError(
+            f"the removal cannot be verified ({problem}): the model's forward is random in eval "
+            f"mode, two runs of the unpruned model differ ({own}). The model was restored. Make "
+            "its forward deterministic in eval mode (dropout and noise only where self.training), "
+            "or pass verify=False"
+        )
     guilty = [
         group.layers
         for group in structure.prunable
@@ -147,6 +161,11 @@ def checked_commit(
         "restored. List these layers in ignored; or, where an operation mixes all channels by "
         "design (a mean over channels), pass verify=False"
     )
+
+
+def _randomness(model: nn.Module, inputs: Any) -> str | None:
+    """How two runs of a model with other random numbers differ, or None."""
+    return difference(outputs_of(model, inputs, seed=0), outputs_of(model, inputs, seed=1))
 
 
 def _problem(
@@ -171,7 +190,7 @@ def _problem(
             actual = [torch.zeros_like(t) for t in actual]
         problem = difference(expected, actual)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-        problem = f"its forward pass fails: {error}"
+        problem = f"{_FAILS}: {error}"
     except BaseException:
         undo(done)
         raise

@@ -10,6 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What a forward raises on inputs it was not made for
+_FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
+
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """Runs a model: a tuple or list is its arguments, a mapping its keyword arguments."""
@@ -18,6 +29,23 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(inputs)
+
+
+def call_examples(model: nn.Module, inputs: Any) -> Any:
+    """Runs a model on its example inputs.
+
+    Raises:
+        ValueError: its forward failed; the cause is chained.
+    """
+    try:
+        return call(model, inputs)
+    except torch.cuda.OutOfMemoryError:
+        raise  # no fault of the inputs
+    except _FAILURES as error:
+        raise ValueError(
+            f"example_inputs: the model's forward failed on them: {type(error).__name__}: {error}. "
+            "Pass a tensor, a tuple of arguments or a dict of keyword arguments that it accepts"
+        ) from error
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -128,7 +128,8 @@ def prune(
     Raises:
         ImportError: Torch-Pruning is not installed.
         TypeError, ValueError: an argument is wrong or cannot be met; nothing was changed.
-        RuntimeError: the model cannot be followed, or the removal failed; the model was restored.
+        RuntimeError: called inside `torch.inference_mode()`, the model cannot be followed, or the
+            removal failed; the model was restored.
         RoundError: a round after the first failed, or `between_rounds` did (any Exception; the
             cause is chained) or changed the shape of a layer. The rounds before are done, and in
             the error's `.result`; the model is as the last round and `between_rounds` left it.
@@ -137,7 +138,10 @@ def prune(
     limits = _check_choices(criterion, scope, normalize, group_reduction, round_to, max_layer_ratio)
     check_ratio(ratio)
     check_rounds(rounds)
+    checks.refuse_inference_mode()
     checks.check_model(model)
+    checks.check_callable("loss", loss, "loss(output, target)")
+    checks.check_callable("between_rounds", between_rounds, "between_rounds(model, round)")
     names = checks.layer_names(model, ignored)
     if CRITERIA[criterion].needs_grad and data is not None:
         check_data(data, rounds)
@@ -184,7 +188,13 @@ def prune(
     }
 
     def result() -> PruneResult:
-        after = count(model, example_inputs)
+        try:
+            after = count(model, example_inputs)
+        except ValueError as error:  # it ran before, so the cut is to blame, not the inputs
+            raise RuntimeError(
+                f"the pruned model does not run on example_inputs any more ({error.__cause__}), "
+                "and it stays so: verify=False skipped the check that would have restored it"
+            ) from error
         layers = layer_widths(model, structure, width_of)
         return PruneResult(list(history), before, after, layers, settings, architecture, model)
 

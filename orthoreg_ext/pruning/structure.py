@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..layers import layer_kind
-from .inputs import call, device_of, tensors_in, to_device, undisturbed
+from .inputs import call_examples, device_of, tensors_in, to_device, undisturbed
 from .layout import (
     Layout,
     Place,
@@ -49,7 +49,8 @@ def trace(model: nn.Module, example_inputs: Any, ignored: Collection[str] = ()) 
     Raises:
         ImportError: Torch-Pruning is missing.
         RuntimeError: the model's operations could not be followed.
-        ValueError: the output has no tensor that depends on the parameters.
+        ValueError: the model fails on the example inputs, or its output has no tensor that depends
+            on the parameters.
     """
     tp = _torch_pruning()
     with undisturbed(model):
@@ -91,7 +92,7 @@ def _build(tp: Any, model: nn.Module, inputs: Any) -> tuple[Any, list[Tensor], d
 
     def forward(module: nn.Module, example: Any) -> list[Tensor]:
         with sizes:
-            result = call(module, example)
+            result = call_examples(module, example)
         outputs.extend(t for t in tensors_in(result) if t.grad_fn is not None)
         if not outputs:
             raise ValueError(

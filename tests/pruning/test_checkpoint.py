@@ -353,3 +353,59 @@ def test_a_history_of_coupled_layers_must_name_them_all(x: Tensor) -> None:
     with pytest.raises(ValueError, match="the layers are coupled differently"):
         replay(model, x, [{"layer": "stem", "removed": [0]}])
     assert f.relu(model.stem(x)).shape[1] == 8
+
+
+def entry(removed: Any, layer: Any = "conv1", **others: Any) -> dict[str, Any]:
+    return {"round": 1, "layer": layer, "removed": removed, **others}
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        (
+            [entry([0, 1], filters=3)],
+            r"entry 0\) removes 2 filters of 'conv1'.* 3 are left.* 6 of 8",
+        ),
+        ([entry([0, 0])], r"entry 0, layer 'conv1'\): removed is \[0, 0\], expected each .*once"),
+        ([entry([0]), entry([1, 0])], r"entry 1\) removes filters \[0\] of 'conv1', which an earl"),
+        ([entry([0], filters=7), entry([1], filters=7)], r"entry 1\).*7 are left, expected 6 of 8"),
+        ([entry([0], "fc2")], "removes filters of fc2, expected none: an output of the model"),
+        ([{"layer": "conv1"}], r"entry 0 of the history \(layer 'conv1'\) has no 'removed'"),
+        ([{"removed": [0]}], r"entry 0 of the history \(layer None\) has no 'layer'"),
+        ([entry(["0"])], r"entry 0, layer 'conv1'\): removed is \['0'\], expected a list of"),
+        ([entry(3)], "removed is 3, expected a list"),
+        ([entry("01")], "removed is '01', expected a list"),
+        ([entry([])], r"removed is \[\], expected a list of at least one integer"),
+        ([entry([True])], r"removed is \[True\], expected a list"),
+        ([entry([1.7])], r"removed is \[1.7\], expected a list"),
+        ([entry([-1])], r"removes filters \[-1\] of 'conv1', which has 8; expected .* 0 to 7"),
+        ([entry(list(range(8)))], "all 8 filters of 'conv1', expected at least one to stay"),
+        ([entry([0]), entry(list(range(1, 8)))], r"entry 1\) removes all 8 filters of 'conv1'"),
+        ([entry([0], ["conv1"])], r"names layer \['conv1'\], which this model does not have"),
+        ([7], "entry 0 of the history is int, expected a dictionary"),
+    ],
+)
+def test_a_history_that_does_not_fit_is_named_and_the_model_untouched(
+    history: Any, message: str, x: Tensor
+) -> None:
+    model = fresh(VGG)
+    state = {n: (p, p.clone()) for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        replay(model, x, history)
+    assert all(
+        p is state[n][0] and torch.equal(p, state[n][1]) for n, p in model.named_parameters()
+    )
+
+
+@pytest.mark.parametrize("source", [None, 3, {"history": []}])
+def test_what_is_no_history_is_refused(source: Any, x: Tensor) -> None:
+    with pytest.raises(TypeError, match=r"source is .*, expected a directory"):
+        replay(fresh(VGG), x, source)
+
+
+def test_the_path_of_the_history_stands_for_its_directory(x: Tensor, tmp_path: Path) -> None:
+    saved(x, tmp_path)
+    expected = replay(fresh(VGG), x, tmp_path).eval()(x)
+    assert torch.equal(replay(fresh(VGG), x, tmp_path / "history.json").eval()(x), expected)
+    with pytest.raises(FileNotFoundError, match="not a pruning checkpoint"):
+        replay(fresh(VGG), x, tmp_path / "weights.safetensors")

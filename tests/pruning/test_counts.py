@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,14 @@ def test_counting_changes_nothing(x: Tensor) -> None:
 
 def test_hooks_are_removed_when_the_model_fails() -> None:
     model = nn.Sequential(MLP())
-    with pytest.raises(RuntimeError):
+    message = "example_inputs: the model's forward failed on them: RuntimeError: mat1 and mat2"
+    with pytest.raises(ValueError, match=message) as caught:
         count(model, torch.randn(2, 5))
+    assert isinstance(caught.value.__cause__, RuntimeError)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_what_is_no_model_is_named(x: Tensor) -> None:
+    model: Any = None
+    with pytest.raises(TypeError, match=r"model is NoneType, expected a torch.nn.Module"):
+        count(model, x)

@@ -451,3 +451,85 @@ def test_the_table_has_every_layer_and_the_totals(x: Tensor) -> None:
         "layer", "conv1", "conv2", "conv3", "fc1", "fc2", "filters", "params", "macs",
     ]  # fmt: skip
     assert lines[-3].split() == ["filters", "50", "27", "46.0%"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"between_rounds": 3}, "between_rounds is 3, expected a function between_rounds"),
+        ({"between_rounds": 3, "rounds": 2}, "between_rounds is 3, expected a function"),
+        ({"loss": 3}, r"loss is 3, expected a function loss\(output, target\) or None"),
+        ({"optimizer": 3}, "optimizer is int, expected a torch.optim.Optimizer"),
+        ({"optimizer": [3]}, "optimizer is int, expected a torch.optim.Optimizer"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named_before_anything_changes(
+    options: dict[str, Any], message: str, x: Tensor
+) -> None:
+    model = VGG()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=message):
+        prune(model, x, criterion="l1", **options)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("inputs", [torch.ones(2, 5, 8, 8), None, {"y": torch.ones(1)}, (1, 2)])
+def test_example_inputs_on_which_the_model_fails_are_named(inputs: Any) -> None:
+    model = VGG()
+    before = snapshot(model)
+    message = "example_inputs: the model's forward failed on them: "
+    with pytest.raises(ValueError, match=message) as caught:
+        prune(model, inputs, criterion="l1")
+    assert caught.value.__cause__ is not None
+    assert unchanged(model, before)
+
+
+def test_inference_mode_is_refused_before_anything_changes(x: Tensor) -> None:
+    model = VGG()
+    before = snapshot(model)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="leave inference_mode"):
+        prune(model, x, criterion="l1")
+    assert unchanged(model, before)
+    with torch.no_grad():
+        prune(model, x, criterion="l1")
+    assert not model.conv1.weight.is_inference()
+
+
+class Dropping(VGG):
+    """Random in eval mode, behind a layer that is cut: the masks differ in shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = f.dropout(f.relu(self.bn1(self.conv1(x))), 0.5, training=True)
+        x = f.max_pool2d(f.relu(self.bn2(self.conv2(x))), 2)
+        x = f.max_pool2d(f.relu(self.bn3(self.conv3(x))), 2)
+        return self.fc2(f.relu(self.fc1(x.flatten(1))))
+
+
+def test_a_random_forward_is_named_and_not_the_dependency_graph(x: Tensor) -> None:
+    model = randomised(Dropping())
+    before, states = snapshot(model), (random.getstate(), torch.get_rng_state())
+    with pytest.raises(RuntimeError, match=r"random in eval mode.*verify=False") as caught:
+        prune(model, x, criterion="l1", ratio=0.5, scope="local")
+    assert "dependency graph" not in str(caught.value)
+    assert unchanged(model, before)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    prune(model, x, criterion="l1", ratio=0.5, scope="local", verify=False)
+    assert model(x).shape == (2, 4)
+
+
+class Fixed(VGG):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.conv1.out_channels == 8, "eight channels"
+        return super().forward(x)
+
+
+def test_a_cut_that_breaks_the_forward_is_not_blamed_on_the_inputs(x: Tensor) -> None:
+    options: dict[str, Any] = {"criterion": "l1", "ratio": 0.5, "scope": "local"}
+    model = Fixed()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="its forward pass fails: eight channels"):
+        prune(model, x, **options)
+    assert unchanged(model, before)
+    with pytest.raises(RuntimeError, match=r"does not run on example_inputs .*eight channels"):
+        prune(model, x, **options, verify=False)
