@@ -166,36 +166,49 @@ def choose_sides(layers: Layers, penalty: Penalty, side: str) -> Sides:
     return Sides(columns, offsets, ones)
 
 
-def drop_pruned(
+def check_pruned(
     layers: Layers, pruned: Sequence[Tensor | None] | None
-) -> tuple[Layers, list[Tensor | None]]:
-    """Zeroes the pruned filters, and counts them without reading them on the host."""
+) -> list[Tensor | None] | None:
+    """Returns the filters to leave out as bool masks [n] on the layers' device."""
     if pruned is None:
-        return layers, [None] * len(layers.weights)
+        return None
     if len(pruned) != len(layers.weights):
         raise wrong_length("pruned", len(pruned), len(layers.weights), "weights")
-    weights, biases = list(layers.weights), list(layers.biases)
-    counts: list[Tensor | None] = []
-    for i, mask in enumerate(pruned):
+    masks: list[Tensor | None] = []
+    for i, (mask, weight) in enumerate(zip(pruned, layers.weights, strict=True)):
         if mask is None:
-            counts.append(None)
+            masks.append(None)
             continue
-        weight = weights[i]
         if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.int64):
             raise TypeError(
                 f"pruned[{i}] must be a bool mask [{weight.shape[0]}] or an int64 tensor of indices"
             )
+        mask = mask.to(weight.device)
         if mask.dtype == torch.int64:
-            mask = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device).index_fill(
-                0, mask.to(weight.device), True
-            )
+            none = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+            mask = none.index_fill(0, mask, True)
         if mask.shape != weight.shape[:1]:
             raise ValueError(
                 f"pruned[{i}] has shape {tuple(mask.shape)}, expected [{weight.shape[0]}]: "
                 "one entry for each filter"
             )
-        mask = mask.to(weight.device)
-        weights[i] = weight.masked_fill(mask.view(-1, *[1] * (weight.dim() - 1)), 0)
+        masks.append(mask)
+    return masks
+
+
+def drop_pruned(
+    layers: Layers, masks: list[Tensor | None] | None
+) -> tuple[Layers, list[Tensor | None]]:
+    """Zeroes the pruned filters, and counts them without reading them on the host."""
+    if masks is None:
+        return layers, [None] * len(layers.weights)
+    weights, biases = list(layers.weights), list(layers.biases)
+    counts: list[Tensor | None] = []
+    for i, mask in enumerate(masks):
+        if mask is None:
+            counts.append(None)
+            continue
+        weights[i] = weights[i].masked_fill(mask.view(-1, *[1] * (weights[i].dim() - 1)), 0)
         if biases[i].numel():
             biases[i] = biases[i].masked_fill(mask, 0)
         counts.append(mask.sum())

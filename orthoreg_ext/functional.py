@@ -25,6 +25,7 @@ from .arguments import (
     check_coefficients,
     check_grads,
     check_layers,
+    check_pruned,
     choose_sides,
     drop_pruned,
     keep_taps_together,
@@ -176,7 +177,7 @@ def gram_penalty(
     if not layers.weights:
         return torch.zeros(0)
     factors = check_coefficients(coefficients, len(layers.weights), layers.device)
-    layers, counts = drop_pruned(layers, pruned)
+    layers, counts = drop_pruned(layers, check_pruned(layers, pruned))
     sides = choose_sides(layers, row, side)
     parts = _by_precision(layers)
     values = _gather(
@@ -229,6 +230,7 @@ def add_gram_penalty_grad_(
     if not layers.weights:
         return torch.zeros(0)
     count = len(layers.weights)
+    masks = check_pruned(layers, pruned)
     factors = check_coefficients(coefficients, count, layers.device)
     double = any(w.dtype == torch.float64 for w in layers.weights)
     precision = torch.float64 if double else torch.float32
@@ -239,21 +241,17 @@ def add_gram_penalty_grad_(
     sides = choose_sides(layers, row, side)
     in_place = [False] * count
     if _namespace(row, layers) is not None:
-        in_place = _written_in_place(original, layers, pruned)
-    parts = [[i for i in part if in_place[i]] for part in _by_precision(layers)]
-    parts = [part for part in parts if part]
-    results = [
-        _add_in_place(layers.take(part), row, sides.take(part), _rows(scale, part))
-        for part in parts
-    ]
+        in_place = _written_in_place(original, layers, masks)
+    parts: list[list[int]] = []
+    results: list[Tensor] = []
     rest = [i for i in range(count) if not in_place[i]]
-    if rest:
+    if rest:  # first: what it refuses, it refuses before any gradient is written
         with torch.enable_grad():
             values = gram_penalty(
                 [original[i] for i in rest],
                 penalty,
                 side=side,
-                pruned=None if pruned is None else [pruned[i] for i in rest],
+                pruned=None if masks is None else [masks[i] for i in rest],
                 biases=None if biases is None else [biases[i] for i in rest],
                 groups=[layers.groups[i] for i in rest],
             )
@@ -261,6 +259,12 @@ def add_gram_penalty_grad_(
                 (values * _rows(scale, rest).to(values.dtype)).sum().backward()
         parts.append(rest)
         results.append(values.detach())
+    for precision_part in _by_precision(layers):
+        part = [i for i in precision_part if in_place[i]]
+        if part:
+            taken = layers.take(part)
+            parts.append(part)
+            results.append(_add_in_place(taken, row, sides.take(part), _rows(scale, part)))
     values = _gather(results, parts)
     return values if factors is None else values * factors.to(values.dtype)
 
@@ -271,7 +275,7 @@ def _rows(tensor: Tensor, indices: list[int]) -> Tensor:
 
 
 def _written_in_place(
-    original: list[Tensor], layers: Layers, pruned: Sequence[Tensor | None] | None
+    original: list[Tensor], layers: Layers, masks: list[Tensor | None] | None
 ) -> list[bool]:
     """Whether the operator writes the layer's gradients itself.
 
@@ -285,7 +289,7 @@ def _written_in_place(
         tensors = [weight, bias] if bias.numel() else [weight]
         found.append(
             layers.weights[i] is weight
-            and (pruned is None or pruned[i] is None)
+            and (masks is None or masks[i] is None)
             and all(uses[id(t)] == 1 and _takes_grad(t) for t in tensors if t.numel())
         )
     return found

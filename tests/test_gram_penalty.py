@@ -216,6 +216,15 @@ def test_frozen_weight_gives_its_value_and_gets_no_gradient(target: Target) -> N
     assert free.grad is not None
 
 
+def test_refused_masks_write_no_gradient(target: Target) -> None:
+    weights = [torch.randn(4, 6, device=target.device, requires_grad=True) for _ in range(2)]
+    with pytest.raises(ValueError, match="pruned has 1 entries, expected 2"):
+        F.add_gram_penalty_grad_(weights, strength=1, pruned=[None])
+    with pytest.raises(TypeError, match=r"pruned\[1\] must be a bool mask"):
+        F.add_gram_penalty_grad_(weights, strength=1, pruned=[None, [0]])
+    assert all(w.grad is None for w in weights)
+
+
 def test_same_weight_twice_counts_twice(target: Target) -> None:
     weight = torch.randn(4, 6, device=target.device, requires_grad=True)
     F.add_gram_penalty_grad_([weight, weight], strength=1)

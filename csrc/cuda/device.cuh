@@ -47,6 +47,21 @@ __device__ __forceinline__ void store(void* data, int64_t i, Type type, T value)
   }
 }
 
+// The layer of a launch that a block belongs to: the last one that starts at or before it.
+template <class Problems>
+__device__ __forceinline__ int find_layer(const Problems& problems, int unit) {
+  int low = 0, high = problems.count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (problems.layer[middle].first_unit <= unit) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
 // The sum over a warp, in every lane, in an order that never changes.
 __device__ __forceinline__ double warp_sum(double value) {
 #pragma unroll

@@ -56,16 +56,7 @@ template <class T>
 __global__ void __launch_bounds__(kWarps * 32)
     filter_scores_kernel(const __grid_constant__ ScoreProblems problems, T* __restrict__ out,
                          int64_t total, int dim) {
-  int low = 0, high = problems.count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (problems.layer[middle].first_unit <= static_cast<int>(blockIdx.x)) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const ScoreProblem& p = problems.layer[low];
+  const ScoreProblem& p = problems.layer[find_layer(problems, blockIdx.x)];
   const int lane = threadIdx.x % 32;
   const int index = (blockIdx.x - p.first_unit) * kWarps + threadIdx.x / 32;
   if (index >= p.scores) return;  // a whole warp

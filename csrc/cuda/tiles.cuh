@@ -27,20 +27,6 @@ static_assert(sizeof(Problems) <= (kLayersPerLaunch > 36 ? 32000 : 3800), "kerne
 
 __device__ __forceinline__ int gram_size(const Problem& p) { return p.columns ? p.width : p.n; }
 
-// The layer a block belongs to: the last one that starts at or before it.
-__device__ __forceinline__ int find_layer(const Problems& problems, int unit) {
-  int low = 0, high = problems.count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (problems.layer[middle].first_unit <= unit) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
 // Entry j of filter i of a group, the bias being the last one; 0 outside.
 template <class T>
 __device__ __forceinline__ T entry(const Problem& p, int group, int i, int j) {
