@@ -21,10 +21,10 @@ NVCC := $(firstword $(wildcard $(CUDACXX) $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin
 	$(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 TEST_CUDA ?= $(if $(NVCC),ON,AUTO)
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
-FORMATTED = $(shell find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED = $(shell find csrc tests scripts -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench wheel gpu-check build emulator clean
+.PHONY: help demo test lint compile-gate bench wheel gpu-check build emulator clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -71,7 +71,12 @@ lint: $(STAMPS)/packages-dev ## ruff, mypy, clang-format
 	@$(STEP) "mypy" -- $(PY) -m mypy
 	@$(STEP) "clang-format" -- $(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
-test: $(STAMPS)/build-test lint ## lint, all tests, the emulated kernels under sanitizers, the wheel
+# What ptxas said while the tests' build compiled each kernel for every architecture.
+compile-gate: $(STAMPS)/build-test ## registers and spills of every CUDA kernel
+	@$(if $(filter ON on 1,$(TEST_CUDA)),$(STEP) "compile gate" -- $(PY) scripts/compile_gate.py \
+		--out build/compile_gate.txt,echo '==> compile gate: left out, TEST_CUDA is $(TEST_CUDA)')
+
+test: $(STAMPS)/build-test lint compile-gate ## lint, all tests, the emulated kernels under sanitizers, the wheel
 	@OMP_NUM_THREADS=1 $(STEP) "pytest" -- $(PY) -m pytest -n $(JOBS) -p no:benchmark $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory emulator
 	@$(STEP) "wheels, in an environment without a compiler" -- \

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import orthoreg_ext.functional as F
 from benchmarks.conftest import finished
-from benchmarks.models import MODELS, weights
+from benchmarks.models import QUICK, weights
 
 CRITERIA = ("l1", "l2", "taylor", "taylor_sq", "fisher")
 
@@ -31,7 +31,7 @@ def orthoreg_ext(layers: list[Tensor], grads: list[Tensor], dim: int) -> None:
 
 @pytest.mark.parametrize("run", [eager, orthoreg_ext], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", QUICK)
 def bench_five_scores(benchmark, model: str, dim: int, run, device: str) -> None:
     benchmark.group = f"five scores, dim {dim}, {model}, {device}"
     layers = [w.detach() for w in weights(model, device)]

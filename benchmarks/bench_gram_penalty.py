@@ -13,7 +13,7 @@ from torch import Tensor
 
 import orthoreg_ext.functional as F
 from benchmarks.conftest import finished
-from benchmarks.models import MODELS, weights
+from benchmarks.models import QUICK, weights
 
 
 def eager(layers: list[Tensor]) -> None:
@@ -48,7 +48,7 @@ def attached(layers: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     "run", [eager, closed_small, orthoreg_ext, attached], ids=lambda f: f.__name__
 )
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", QUICK)
 def bench_penalty_and_gradient(benchmark, model: str, run, device: str) -> None:
     benchmark.group = f"penalty and gradient, {model}, {device}"
     layers = weights(model, device)

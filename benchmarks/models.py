@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -17,17 +18,32 @@ def vgg13() -> list[Shape]:
     return [*convs, (100, 512)]
 
 
-def resnet56() -> list[Shape]:
-    """The CIFAR ResNet-56: 55 convolutions of at most 64 filters, two shortcuts, a classifier."""
-    shapes: list[Shape] = [(16, 3, 3, 3)]
-    before = 16
-    for width in (16, 32, 64):
-        for _ in range(9):
+def _basic_blocks(before: int, blocks: Sequence[int], widths: Sequence[int]) -> list[Shape]:
+    """Two 3 x 3 convolutions a block, a 1 x 1 shortcut where the width changes."""
+    shapes: list[Shape] = []
+    for number, width in zip(blocks, widths, strict=True):
+        for _ in range(number):
             shapes += [(width, before, 3, 3), (width, width, 3, 3)]
             if before != width:
                 shapes.append((width, before, 1, 1))
             before = width
-    return [*shapes, (100, 64)]
+    return shapes
+
+
+def resnet56() -> list[Shape]:
+    """The CIFAR ResNet-56: 55 convolutions of at most 64 filters, two shortcuts, a classifier."""
+    return [(16, 3, 3, 3), *_basic_blocks(16, (9, 9, 9), (16, 32, 64)), (100, 64)]
+
+
+def resnet34() -> list[Shape]:
+    """The ImageNet ResNet-34."""
+    blocks = _basic_blocks(64, (3, 4, 6, 3), (64, 128, 256, 512))
+    return [(64, 3, 7, 7), *blocks, (1000, 512)]
+
+
+def wrn28_10() -> list[Shape]:
+    """The CIFAR WRN-28-10: ResNet-28 with ten times the filters."""
+    return [(16, 3, 3, 3), *_basic_blocks(16, (4, 4, 4), (160, 320, 640)), (100, 640)]
 
 
 def resnet50() -> list[Shape]:
@@ -43,13 +59,77 @@ def resnet50() -> list[Shape]:
     return [*shapes, (1000, 2048)]
 
 
-MODELS = {"resnet56": resnet56, "vgg13": vgg13, "resnet50": resnet50}
+def mobilenet_v1() -> list[Shape]:
+    """MobileNet-V1: depthwise 3 x 3 convolutions, each as one matrix [n, 9], and 1 x 1 ones."""
+    widths = [32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024]
+    shapes: list[Shape] = [(32, 3, 3, 3)]
+    for i, o in pairwise(widths):
+        shapes += [(i, 1, 3, 3), (o, i, 1, 1)]
+    return [*shapes, (1000, 1024)]
+
+
+def convnext_b() -> list[Shape]:
+    """ConvNeXt-B: depthwise 7 x 7, wide linear layers, strided convolutions between stages."""
+    widths = (128, 256, 512, 1024)
+    shapes: list[Shape] = [(128, 3, 4, 4)]
+    for stage, (width, blocks) in enumerate(zip(widths, (3, 3, 27, 3), strict=True)):
+        if stage:
+            shapes.append((width, widths[stage - 1], 2, 2))
+        shapes += [(width, 1, 7, 7), (4 * width, width), (width, 4 * width)] * blocks
+    return [*shapes, (1000, 1024)]
+
+
+def vit_b16() -> list[Shape]:
+    """ViT-B/16: patches, twelve blocks of four linear layers, a head."""
+    block: list[Shape] = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
+    return [(768, 3, 16, 16), *(block * 12), (1000, 768)]
+
+
+def llama_1b() -> list[Shape]:
+    """The linear layers of a Llama of 1 B parameters, without embedding and head."""
+    block: list[Shape] = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048)]
+    return [*block, (8192, 2048), (8192, 2048), (2048, 8192)] * 16
+
+
+def adalora_7b() -> list[Shape]:
+    """The factors of rank 12 that AdaLoRA puts beside 224 linear layers of a 7 B model."""
+    return [(12, 4096)] * 448
+
+
+MODELS: dict[str, Callable[[], list[Shape]]] = {
+    f.__name__: f
+    for f in (
+        *(resnet56, vgg13, resnet50, mobilenet_v1, resnet34, wrn28_10, convnext_b, vit_b16),
+        *(llama_1b, adalora_7b),
+    )
+}
+# Small enough for a processor.
+QUICK = ("resnet56", "vgg13", "resnet50")
+
+
+def tiny() -> list[Shape]:
+    """No network: both sides, ragged edges, more than one tile; for the emulator."""
+    return [(8, 3, 3, 3), (70, 33), (5, 90), (1, 9)]
+
+
+def random_weights(shapes: Sequence[Shape], device: str) -> list[Tensor]:
+    """Leaves of these shapes, at the scale that networks are initialised with."""
+    torch.manual_seed(0)
+    return [
+        (torch.randn(s, device=device) * (torch.Size(s[1:]).numel() ** -0.5)).requires_grad_()
+        for s in shapes
+    ]
 
 
 def weights(model: str, device: str) -> list[Tensor]:
     """The weights of a model, at the scale that networks are initialised with."""
-    torch.manual_seed(0)
-    return [
-        (torch.randn(s, device=device) * (torch.Size(s[1:]).numel() ** -0.5)).requires_grad_()
-        for s in MODELS[model]()
-    ]
+    return random_weights(MODELS[model](), device)
+
+
+def flops_needed(shapes: Sequence[Shape]) -> int:
+    """Of the smaller Gram matrix, which is symmetric, and of its product with the weight."""
+    total = 0
+    for n, *rest in shapes:
+        small, large = sorted((n, torch.Size(rest).numel()))
+        total += 3 * small * small * large
+    return total

@@ -4,23 +4,107 @@
 // A layer is a weight [groups * n, ...] and a bias [groups * n], empty for none. Layers of one call
 // share the device and the computing precision (float64, or float32 for everything else).
 //   columns     0: G = W W^T, [n, n];  1: G = W^T W, [k, k]; the bias counts as a column of W
+//   dim         of scores: 0 the filters, 1 the input channels, 2 both, the filters of all layers
+//               before all input channels
 //   slopes      S = phi'(G - T) of all layers and groups, flat, one after the other
 //   offsets     added to each layer's value
+//   pruned      empty, or one bool mask [groups * n] a layer, empty for none: filters that read as
+//               zeros, have no target and get no gradient
+//   precision   a name of common/precision.h; the CPU computes everything in the computing
+//   precision
+//
+// A prepared penalty is add_gram_penalty_grad_ with all but the gradients and the coefficients
+// given once (common/prepared.h): grads are those of the weights, then of the biases that are not
+// empty. The result is empty, and nothing is written, where a tensor is no longer what was
+// prepared.
+#include <map>
+#include <memory>
+
+#include "common/prepared.h"
 #include "common/registration.h"
 
+namespace orthoreg {
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::map<int64_t, std::shared_ptr<Prepared>> prepared;
+  int64_t last = 0;
+
+  // Never destroyed: at the end of the process the tensors' device may be gone before this is.
+  static Registry& get() {
+    static Registry& registry = *std::make_unique<Registry>().release();
+    return registry;
+  }
+};
+
+Tensor add_prepared(int64_t number, std::vector<Tensor> grads, Tensor coefficients) {
+  std::shared_ptr<Prepared> prepared;
+  {
+    Registry& registry = Registry::get();
+    const std::lock_guard<std::mutex> lock(registry.mutex);
+    const auto found = registry.prepared.find(number);
+    STD_TORCH_CHECK(
+        found != registry.prepared.end(), "prepared is ", number,
+        ", which no prepare_gram_penalty returned or which was released: prepare again");
+    prepared = found->second;
+  }
+  return prepared->add(grads, coefficients);
+}
+
+void release_prepared(int64_t number) {
+  std::shared_ptr<Prepared> last_reference;  // ends after the lock
+  Registry& registry = Registry::get();
+  const std::lock_guard<std::mutex> lock(registry.mutex);
+  const auto found = registry.prepared.find(number);
+  if (found == registry.prepared.end()) return;
+  last_reference = std::move(found->second);
+  registry.prepared.erase(found);
+}
+
+}  // namespace
+
+int64_t keep_prepared(std::unique_ptr<Prepared> prepared) {
+  Registry& registry = Registry::get();
+  const std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.prepared.emplace(++registry.last, std::move(prepared));
+  return registry.last;
+}
+
+}  // namespace orthoreg
+
 ORTHOREG_LIBRARY(ORTHOREG_NAMESPACE, m) {
-  m.def("gram(Tensor[] weights, Tensor[] biases, int[] groups, int[] columns) -> Tensor");
   m.def(
-      "gram_penalty(Tensor[] weights, Tensor[] biases, int[] groups, int[] columns, "
-      "float[] offsets, str penalty) -> (Tensor values, Tensor slopes)");
+      "gram(Tensor[] weights, Tensor[] biases, int[] groups, int[] columns, str precision) -> "
+      "Tensor");
   m.def(
-      "gram_penalty_grad(Tensor[] weights, Tensor[] biases, Tensor slopes, Tensor coefficients, "
-      "int[] groups, int[] columns, str penalty) -> Tensor[]");
+      "gram_penalty(Tensor[] weights, Tensor[] biases, Tensor[] pruned, int[] groups, "
+      "int[] columns, float[] offsets, str penalty, str precision) -> "
+      "(Tensor values, Tensor slopes)");
   m.def(
-      "add_gram_penalty_grad_(Tensor[] weights, Tensor[] biases, Tensor(a!)[] grads, "
-      "Tensor(b!)[] bias_grads, Tensor coefficients, int[] groups, int[] columns, float[] offsets, "
-      "str penalty) -> Tensor");
+      "gram_penalty_grad(Tensor[] weights, Tensor[] biases, Tensor[] pruned, Tensor slopes, "
+      "Tensor coefficients, int[] groups, int[] columns, str penalty, str precision) -> Tensor[]");
+  m.def(
+      "add_gram_penalty_grad_(Tensor[] weights, Tensor[] biases, Tensor[] pruned, "
+      "Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor coefficients, int[] groups, "
+      "int[] columns, float[] offsets, str penalty, str precision) -> Tensor");
+  m.def(
+      "prepare_gram_penalty(Tensor[] weights, Tensor[] biases, Tensor[] pruned, int[] groups, "
+      "int[] columns, float[] offsets, str penalty, str precision) -> int");
+  m.def(
+      "add_prepared_gram_penalty_grad_(int prepared, Tensor(a!)[] grads, Tensor coefficients) -> "
+      "Tensor");
+  m.def("release_prepared(int prepared) -> ()");
   m.def(
       "filter_scores(Tensor[] weights, Tensor[] grads, Tensor[] biases, Tensor[] bias_grads, "
       "int[] groups, int dim, str[] criteria) -> Tensor");
+  m.def(
+      "accumulate_fisher_(Tensor[] weights, Tensor[] grads, Tensor(a!)[] fisher, int[] groups, "
+      "int dim, str[] criteria) -> Tensor");
+  m.def("group_scores(Tensor[] scores, Tensor entries, Tensor starts, str reduction) -> Tensor");
+}
+
+ORTHOREG_LIBRARY_IMPL(ORTHOREG_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("add_prepared_gram_penalty_grad_", TORCH_BOX(&orthoreg::add_prepared));
+  m.impl("release_prepared", TORCH_BOX(&orthoreg::release_prepared));
 }

@@ -3,8 +3,17 @@
 from . import functional, pruning
 from .backend import backend
 from .build_info import VERSION, build_info
+from .precision import precision
 from .regularizer import OrthoRegularizer
 
 __version__ = VERSION
 
-__all__ = ["OrthoRegularizer", "__version__", "backend", "build_info", "functional", "pruning"]
+__all__ = [
+    "OrthoRegularizer",
+    "__version__",
+    "backend",
+    "build_info",
+    "functional",
+    "precision",
+    "pruning",
+]

@@ -48,6 +48,13 @@ class Layers:
         return self.weights[i].shape[0] // self.groups[i]
 
 
+def by_precision(layers: Layers) -> list[list[int]]:
+    """The indices of the layers computed in float32 and of those computed in float64."""
+    double = [i for i, w in enumerate(layers.weights) if w.dtype == torch.float64]
+    single = [i for i, w in enumerate(layers.weights) if w.dtype != torch.float64]
+    return [indices for indices in (single, double) if indices]
+
+
 def has_dense_filters(weight: Tensor) -> bool:
     """Whether every filter is one gapless block of memory, so that kernels read it in place."""
     expected = 1
@@ -140,44 +147,52 @@ class Sides:
 
     columns: list[bool]
     offsets: list[float]
-    ones: list[bool]  # whether a dropped (zero) row adds exactly 1 to the computed value
+    dropped: list[int]  # what each pruned filter adds to the offset: -1, 0 or 1
 
     def take(self, indices: Sequence[int]) -> Sides:
         """The sides of some of the layers."""
         return Sides(
             [self.columns[i] for i in indices],
             [self.offsets[i] for i in indices],
-            [self.ones[i] for i in indices],
+            [self.dropped[i] for i in indices],
         )
 
 
 def choose_sides(layers: Layers, penalty: Penalty, side: str) -> Sides:
     """Picks the Gram matrix of each layer: the smaller one where the gradient is the same."""
-    columns, offsets, ones = [], [], []
+    columns, offsets, dropped = [], [], []
     for i, group in enumerate(layers.groups):
         n, k = layers.filters(i), layers.fan_in(i)
         small = n > k
         asked = small if side == "small" else side == "cols"
         column = small if penalty.sides_agree else asked
         columns.append(column)
-        # value(rows) - value(cols) = n - k in each group, where the sides agree
+        # value(rows) - value(cols) = n - k in each group, where the sides agree; of pruned filters
+        # none counts in n
         offsets.append(0.0 if column == asked else float(group * (n - k if column else k - n)))
-        ones.append(penalty.identity and not asked)
-    return Sides(columns, offsets, ones)
+        dropped.append(int(asked) - int(column))
+    return Sides(columns, offsets, dropped)
 
 
 def check_pruned(
     layers: Layers, pruned: Sequence[Tensor | None] | None
-) -> list[Tensor | None] | None:
-    """Returns the filters to leave out as bool masks [n] on the layers' device."""
+) -> list[Tensor]:  # each bool [n] or empty
+    """Returns the filters to leave out as masks on the layers' device; no list for no mask at all.
+
+    Raises:
+        TypeError: one is neither a bool mask nor a tensor of indices.
+        ValueError: one does not fit its layer, or not every layer has an entry.
+    """
     if pruned is None:
-        return None
+        return []
     if len(pruned) != len(layers.weights):
         raise wrong_length("pruned", len(pruned), len(layers.weights), "weights")
-    masks: list[Tensor | None] = []
+    if all(mask is None for mask in pruned):
+        return []
+    masks: list[Tensor] = []
     for i, (mask, weight) in enumerate(zip(pruned, layers.weights, strict=True)):
         if mask is None:
-            masks.append(None)
+            masks.append(weight.new_empty(0, dtype=torch.bool))
             continue
         if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.int64):
             raise TypeError(
@@ -192,39 +207,20 @@ def check_pruned(
                 f"pruned[{i}] has shape {tuple(mask.shape)}, expected [{weight.shape[0]}]: "
                 "one entry for each filter"
             )
-        masks.append(mask)
+        masks.append(mask.contiguous())
     return masks
 
 
-def drop_pruned(
-    layers: Layers, masks: list[Tensor | None] | None
-) -> tuple[Layers, list[Tensor | None]]:
-    """Zeroes the pruned filters, and counts them without reading them on the host."""
-    if masks is None:
-        return layers, [None] * len(layers.weights)
-    weights, biases = list(layers.weights), list(layers.biases)
-    counts: list[Tensor | None] = []
-    for i, mask in enumerate(masks):
-        if mask is None:
-            counts.append(None)
-            continue
-        weights[i] = weights[i].masked_fill(mask.view(-1, *[1] * (weights[i].dim() - 1)), 0)
-        if biases[i].numel():
-            biases[i] = biases[i].masked_fill(mask, 0)
-        counts.append(mask.sum())
-    return Layers(weights, biases, layers.groups), counts
-
-
-def subtract_pruned(values: Tensor, sides: Sides, counts: list[Tensor | None]) -> Tensor:
-    """Takes back what the zeroed filters added to the values [L]."""
-    if not any(one and count is not None for one, count in zip(sides.ones, counts, strict=True)):
+def count_pruned(
+    values: Tensor,  # [L]
+    sides: Sides,
+    masks: list[Tensor],  # each bool [n] or empty, or none at all
+) -> Tensor:  # [L]
+    """Corrects the offsets for pruned filters, which are not counted on the host."""
+    if not any(mask.numel() and change for mask, change in zip(masks, sides.dropped, strict=False)):
         return values
-    zero = torch.zeros((), dtype=torch.int64, device=values.device)
-    dropped = [
-        count if one and count is not None else zero
-        for one, count in zip(sides.ones, counts, strict=True)
-    ]
-    return values - torch.stack(dropped).to(values.dtype)
+    counts = [change * mask.sum() for mask, change in zip(masks, sides.dropped, strict=True)]
+    return values + torch.stack(counts).to(values.dtype)
 
 
 def check_coefficients(
@@ -251,6 +247,14 @@ def check_coefficients(
     return coefficients
 
 
+def scale_of(layers: Layers, strength: float | Tensor, factors: Tensor | None) -> Tensor:  # [L]
+    """Strength * factors in the widest precision of the layers, on their device."""
+    double = any(w.dtype == torch.float64 for w in layers.weights)
+    precision = torch.float64 if double else torch.float32
+    scale = torch.ones(len(layers.weights), dtype=precision, device=layers.device) * strength
+    return scale if factors is None else scale * factors
+
+
 def check_grads(
     layers: Layers,
     grads: Sequence[Tensor] | None,
@@ -270,6 +274,8 @@ def check_grads(
         raise wrong_length("grads", len(grads), count, "weights")
     if bias_grads is not None and len(bias_grads) != count:
         raise wrong_length("bias_grads", len(bias_grads), count, "weights")
+    if not count:
+        return layers, layers
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for i, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
         bias_grad = bias_grads[i] if bias_grads is not None else None
@@ -315,3 +321,34 @@ def keep_taps_together(layers: Layers) -> Layers:
 
     weights = [w if is_run(w) else w.contiguous() for w in layers.weights]
     return Layers(weights, layers.biases, layers.groups)
+
+
+def check_fisher(layers: Layers, fisher: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the accumulators in the memory order of their weights: themselves, or copies."""
+    if isinstance(fisher, Tensor):
+        raise TypeError("fisher must be a sequence of tensors, one for each of the weights")
+    if len(fisher) != len(layers.weights):
+        raise wrong_length("fisher", len(fisher), len(layers.weights), "weights")
+    ordered = []
+    first: dict[int, int] = {}
+    for i, (tensor, weight) in enumerate(zip(fisher, layers.weights, strict=True)):
+        check_tensor(f"fisher[{i}]", tensor, 1)
+        wide = compute_dtype(weight.dtype)
+        if tensor.dtype != wide:
+            raise TypeError(
+                f"fisher[{i}] has dtype {tensor.dtype}, expected {wide}: use "
+                f"torch.zeros_like(weight, dtype={wide})"
+            )
+        if tensor.shape != weight.shape or tensor.device != weight.device:
+            raise ValueError(
+                f"fisher[{i}] has shape {tuple(tensor.shape)} on {tensor.device}, expected "
+                f"{tuple(weight.shape)} on {weight.device}"
+            )
+        if first.setdefault(id(tensor), i) != i:
+            raise ValueError(
+                f"fisher[{i}] is the tensor of fisher[{first[id(tensor)]}]; every weight needs its "
+                "own accumulator"
+            )
+        same = tensor.stride()[1:] == weight.stride()[1:] and has_dense_filters(tensor)
+        ordered.append(tensor if same else torch.empty_like(weight, dtype=wide).copy_(tensor))
+    return ordered

@@ -9,7 +9,6 @@ in float32, also under autocast.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from numbers import Real
 
@@ -22,25 +21,23 @@ from .arguments import (
     SIDES,
     Layers,
     Sides,
+    by_precision,
     check_coefficients,
-    check_grads,
     check_layers,
     check_pruned,
     choose_sides,
-    drop_pruned,
-    keep_taps_together,
-    subtract_pruned,
+    count_pruned,
+    scale_of,
 )
 from .backend import namespace_for
 from .errors import choose
+from .in_place import add_in_place, written_in_place
+from .members import group_members as group_members  # part of this module's interface
 from .penalties import Penalty, get_penalty
-
-
-def _by_precision(layers: Layers) -> list[list[int]]:
-    """The indices of the layers computed in float32 and of those computed in float64."""
-    double = [i for i, w in enumerate(layers.weights) if w.dtype == torch.float64]
-    single = [i for i, w in enumerate(layers.weights) if w.dtype != torch.float64]
-    return [indices for indices in (single, double) if indices]
+from .precision import selected as selected_precision
+from .scores import accumulate_fisher_ as accumulate_fisher_
+from .scores import filter_scores as filter_scores
+from .scores import group_scores as group_scores
 
 
 def _gather(parts: list[Tensor], indices: list[list[int]]) -> Tensor:  # [L]
@@ -83,7 +80,7 @@ def gram(
         for i in range(count)
     ]
     grams: list[Tensor] = [torch.empty(0)] * count
-    for part in _by_precision(layers):
+    for part in by_precision(layers):
         taken, sided = layers.take(part), [columns[i] for i in part]
         # the columns' order is the caller's, not that of the memory
         ordered = [w.contiguous() if c else w for w, c in zip(taken.weights, sided, strict=True)]
@@ -103,7 +100,9 @@ def _grams(layers: Layers, columns: list[bool]) -> list[Tensor]:  # each [g, m, 
             )
         ]
     sizes = ops.gram_sizes(layers.weights, layers.biases, layers.groups, columns)
-    flat = getattr(torch.ops, namespace).gram(layers.weights, layers.biases, layers.groups, columns)
+    flat = getattr(torch.ops, namespace).gram(
+        layers.weights, layers.biases, layers.groups, columns, selected_precision()
+    )
     pieces = flat.split([g * m * m for g, m, _ in sizes])
     return [piece.view(size) for piece, size in zip(pieces, sizes, strict=True)]
 
@@ -123,17 +122,20 @@ def _compiled(layers: Layers) -> str | None:
     return namespace_for(layers.device)
 
 
-def _penalty_values(layers: Layers, penalty: Penalty, sides: Sides) -> Tensor:
+def _penalty_values(layers: Layers, masks: list[Tensor], penalty: Penalty, sides: Sides) -> Tensor:
     namespace = _namespace(penalty, layers)
+    plain = (layers.weights, layers.biases, masks, layers.groups, sides.columns, sides.offsets)
     if namespace is None:
-        return reference.gram_penalty(
-            layers.weights, layers.biases, layers.groups, sides.columns, sides.offsets, penalty
-        )
+        return reference.gram_penalty(*plain, penalty)
     operators = getattr(torch.ops, namespace)
-    values: Tensor = operators.gram_penalty(
-        layers.weights, layers.biases, layers.groups, sides.columns, sides.offsets, penalty.name
-    )[0]
+    values: Tensor = operators.gram_penalty(*plain, penalty.name, selected_precision())[0]
     return values
+
+
+def _take(masks: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
+    """The masks of some of the layers; no list where none of them has one."""
+    taken = [masks[i] for i in indices] if masks else []
+    return taken if any(mask.numel() for mask in taken) else []
 
 
 def gram_penalty(
@@ -161,7 +163,7 @@ def gram_penalty(
             the two differ by exactly n - k with equal gradients, so the smaller one is computed.
         coefficients: factors of the layers' values; a tensor on the weights' device avoids a copy.
         pruned: filters to leave out of each Gram matrix, so that an orthonormal target does not
-            regrow them; they get no gradient.
+            regrow them; they get no gradient. A bool mask on the weights' device avoids a copy.
         biases: one more column of each filter matrix, as OrthoReg's released VGG code does.
         groups: the filter matrices in each weight, 1 where not given.
 
@@ -177,13 +179,14 @@ def gram_penalty(
     if not layers.weights:
         return torch.zeros(0)
     factors = check_coefficients(coefficients, len(layers.weights), layers.device)
-    layers, counts = drop_pruned(layers, check_pruned(layers, pruned))
+    masks = check_pruned(layers, pruned)
     sides = choose_sides(layers, row, side)
-    parts = _by_precision(layers)
-    values = _gather(
-        [_penalty_values(layers.take(part), row, sides.take(part)) for part in parts], parts
-    )
-    values = subtract_pruned(values, sides, counts)
+    parts = by_precision(layers)
+    found = [
+        _penalty_values(layers.take(part), _take(masks, part), row, sides.take(part))
+        for part in parts
+    ]
+    values = count_pruned(_gather(found, parts), sides, masks)
     return values if factors is None else values * factors.to(values.dtype)
 
 
@@ -232,16 +235,12 @@ def add_gram_penalty_grad_(
     count = len(layers.weights)
     masks = check_pruned(layers, pruned)
     factors = check_coefficients(coefficients, count, layers.device)
-    double = any(w.dtype == torch.float64 for w in layers.weights)
-    precision = torch.float64 if double else torch.float32
-    scale = torch.ones(count, dtype=precision, device=layers.device) * strength
     if factors is not None:
         factors = factors.detach()
-        scale = scale * factors
+    scale = scale_of(layers, strength, factors)
     sides = choose_sides(layers, row, side)
-    in_place = [False] * count
-    if _namespace(row, layers) is not None:
-        in_place = _written_in_place(original, layers, masks)
+    namespace, precision = _namespace(row, layers), selected_precision()
+    in_place = [False] * count if namespace is None else written_in_place(original, layers)
     parts: list[list[int]] = []
     results: list[Tensor] = []
     rest = [i for i in range(count) if not in_place[i]]
@@ -251,7 +250,7 @@ def add_gram_penalty_grad_(
                 [original[i] for i in rest],
                 penalty,
                 side=side,
-                pruned=None if masks is None else [masks[i] for i in rest],
+                pruned=[masks[i] if masks[i].numel() else None for i in rest] if masks else None,
                 biases=None if biases is None else [biases[i] for i in rest],
                 groups=[layers.groups[i] for i in rest],
             )
@@ -259,12 +258,15 @@ def add_gram_penalty_grad_(
                 (values * _rows(scale, rest).to(values.dtype)).sum().backward()
         parts.append(rest)
         results.append(values.detach())
-    for precision_part in _by_precision(layers):
+    for precision_part in by_precision(layers):
         part = [i for i in precision_part if in_place[i]]
         if part:
-            taken = layers.take(part)
+            taken, sided, masked = layers.take(part), sides.take(part), _take(masks, part)
+            added = add_in_place(
+                str(namespace), taken, masked, row, sided, _rows(scale, part), precision
+            )
             parts.append(part)
-            results.append(_add_in_place(taken, row, sides.take(part), _rows(scale, part)))
+            results.append(count_pruned(added, sided, masked))
     values = _gather(results, parts)
     return values if factors is None else values * factors.to(values.dtype)
 
@@ -272,144 +274,6 @@ def add_gram_penalty_grad_(
 def _rows(tensor: Tensor, indices: list[int]) -> Tensor:
     """Some entries of a tensor; all of them in order are not copied."""
     return tensor if indices == list(range(len(tensor))) else tensor[indices]
-
-
-def _written_in_place(
-    original: list[Tensor], layers: Layers, masks: list[Tensor | None] | None
-) -> list[bool]:
-    """Whether the operator writes the layer's gradients itself.
-
-    The others go through autograd: views and copies, frozen tensors, and tensors that several
-    layers share, which the operator's threads would update at the same time.
-    """
-    uses = Counter(id(t) for t in (*original, *layers.biases) if t.numel())
-    found = []
-    for i, weight in enumerate(original):
-        bias = layers.biases[i]
-        tensors = [weight, bias] if bias.numel() else [weight]
-        found.append(
-            layers.weights[i] is weight
-            and (masks is None or masks[i] is None)
-            and all(uses[id(t)] == 1 and _takes_grad(t) for t in tensors if t.numel())
-        )
-    return found
-
-
-def _takes_grad(tensor: Tensor) -> bool:
-    """Whether a gradient can be written into tensor.grad in the memory order of the tensor."""
-    if not (tensor.requires_grad and tensor.is_leaf):
-        return False
-    grad = tensor.grad
-    return grad is None or (
-        grad.dtype == tensor.dtype
-        and grad.layout is torch.strided
-        and grad.stride() == tensor.stride()
-    )
-
-
-def _add_in_place(layers: Layers, penalty: Penalty, sides: Sides, scale: Tensor) -> Tensor:
-    grads = []
-    for tensor in (*layers.weights, *layers.biases):
-        if tensor.numel() and tensor.grad is None:
-            tensor.grad = torch.zeros_like(tensor)
-        grads.append(tensor.grad if tensor.numel() else tensor)
-    count = len(layers.weights)
-    namespace = namespace_for(layers.device)
-    with torch.no_grad():
-        values: Tensor = getattr(torch.ops, str(namespace)).add_gram_penalty_grad_(
-            layers.weights,
-            layers.biases,
-            grads[:count],
-            grads[count:],
-            scale.to(reference.compute_dtype(layers.weights[0].dtype)),
-            layers.groups,
-            sides.columns,
-            sides.offsets,
-            penalty.name,
-        )
-    return values
-
-
-def filter_scores(
-    weights: Sequence[Tensor],  # each [n, ...]
-    grads: Sequence[Tensor] | None = None,  # like weights
-    criteria: Sequence[str] = ("l1",),
-    *,
-    dim: int = 0,
-    biases: Sequence[Tensor | None] | None = None,  # each [n]
-    bias_grads: Sequence[Tensor | None] | None = None,  # each [n]
-    groups: Sequence[int] | None = None,
-) -> dict[str, list[Tensor]]:
-    """Scores every filter of every layer in one pass over weight and gradient.
-
-    With w and g the entries of a filter and of its gradient: ``l1`` = sum |w|, ``l2`` =
-    sqrt(sum w^2), ``taylor`` = |sum w g|, ``taylor_sq`` = sum (w g)^2, ``taylor_abs`` = sum |w g|,
-    ``fisher`` = (sum w g)^2. The last is OrthoReg's released estimator, the square of the mean
-    gradient product: take g as the mean over the calibration samples in eval mode, because behind a
-    BatchNorm in train mode sum w g is identically 0.
-
-    Args:
-        weights: the layers; [n] is allowed, e.g. the scale of a BatchNorm.
-        grads: their gradients, needed by every criterion but ``l1`` and ``l2``.
-        criteria: any of the names above.
-        dim: 0 scores filters (outputs), 1 scores input channels.
-        biases: with dim 0, one more entry of each filter.
-        bias_grads: their gradients, where gradients are needed.
-        groups: the filter matrices in each weight; with dim 1 there are groups * i inputs.
-
-    Returns:
-        For each criterion one tensor a layer: [n], or [groups * i] with dim 1; float64 for float64
-        weights, else float32.
-
-    Raises:
-        TypeError: a weight is no floating-point tensor.
-        ValueError: unknown criteria, missing gradients, mismatched shapes, lengths or devices.
-    """
-    if isinstance(criteria, str):
-        raise TypeError(f"criteria must be a sequence of names; write ({criteria!r},)")
-    names = [choose("criterion", name, reference.SCORES) for name in criteria]
-    if not names:
-        raise ValueError(f"criteria is empty, expected some of {', '.join(reference.SCORES)}")
-    if dim not in (0, 1):
-        raise ValueError(f"dim is {dim!r}, expected 0 (filters) or 1 (input channels)")
-    if dim == 1 and biases is not None:
-        raise ValueError(
-            "biases belong to filters, not to input channels: leave them out with dim=1"
-        )
-    layers = check_layers(weights, biases, groups, minimum_dim=1)
-    count = len(layers.weights)
-    with_grads = any(name not in reference.WEIGHT_ONLY for name in names)
-    slopes = None
-    if dim == 1:
-        layers = keep_taps_together(layers)
-    if with_grads:
-        layers, slopes = check_grads(layers, grads, bias_grads, names)
-    scores: dict[str, list[Tensor]] = {name: [torch.empty(0)] * count for name in names}
-    for part in _by_precision(layers):
-        taken = layers.take(part)
-        flat = _flat_scores(taken, slopes.take(part) if slopes else None, dim, names)
-        lengths = [
-            w.shape[0] if dim == 0 else g * (w.shape[1] if w.dim() > 1 else 1)
-            for w, g in zip(taken.weights, taken.groups, strict=True)
-        ]
-        for name, row in zip(names, flat, strict=True):
-            for i, piece in zip(part, row.split(lengths), strict=True):
-                scores[name][i] = piece
-    return scores
-
-
-def _flat_scores(
-    layers: Layers, slopes: Layers | None, dim: int, names: list[str]
-) -> Tensor:  # [criteria, filters]
-    grads = slopes.weights if slopes else []
-    bias_grads = slopes.biases if slopes else []
-    namespace = namespace_for(layers.device)
-    with torch.no_grad():
-        arguments = (layers.weights, grads, layers.biases, bias_grads, layers.groups, dim, names)
-        if namespace is None:
-            return reference.filter_scores(*arguments)
-        flat: Tensor = getattr(torch.ops, namespace).filter_scores(*arguments)
-        return flat
 
 
 def filter_correlation(weights: Sequence[Tensor]) -> list[Tensor]:  # each [n, n]

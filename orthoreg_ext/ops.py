@@ -52,33 +52,47 @@ def _values(weights: Sequence[Tensor]) -> Tensor:
 def _gram_penalty_fake(
     weights: list[Tensor],
     biases: list[Tensor],
+    pruned: list[Tensor],
     groups: list[int],
     columns: list[bool],
     offsets: list[float],
     penalty: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     return _values(weights), _flat_grams(weights, biases, groups, columns)
 
 
 def _gram_penalty_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    weights, biases, groups, columns, _, penalty = inputs
+    weights, biases, pruned, *_ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*weights, *biases, output[1])
-    ctx.shape = (groups, columns, penalty)
+    ctx.save_for_backward(*weights, *biases, *pruned, output[1])
+    ctx.shape = inputs[3:]
+
+
+def _split(
+    tensors: Sequence[Tensor], count: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights, biases and masks (one a layer, or none at all), saved one after the other."""
+    return list(tensors[:count]), list(tensors[count : 2 * count]), list(tensors[2 * count :])
 
 
 def _gram_penalty_backward(namespace: str) -> Any:
     grad_op = getattr(torch.ops, namespace).gram_penalty_grad
 
     def backward(ctx: Any, grad_values: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        groups, columns, penalty = ctx.shape
+        groups, columns, _, penalty, precision = ctx.shape
         *layers, slopes = ctx.saved_tensors
-        weights, biases = layers[: len(groups)], layers[len(groups) :]
+        weights, biases, pruned = _split(layers, len(groups))
         if grad_values is None:
-            return [None] * len(groups), [None] * len(groups), None, None, None, None
-        grads = grad_op(weights, biases, slopes, grad_values.contiguous(), groups, columns, penalty)
-        return grads[: len(groups)], grads[len(groups) :], None, None, None, None
+            none = [None] * len(groups)
+            return none, none, [None] * len(pruned), None, None, None, None, None
+        factors = grad_values.contiguous()
+        grads = grad_op(
+            weights, biases, pruned, slopes, factors, groups, columns, penalty, precision
+        )
+        no_masks = [None] * len(pruned)
+        return *_split(grads, len(groups))[:2], no_masks, None, None, None, None, None
 
     return backward
 
@@ -89,18 +103,20 @@ def _gram_penalty_backward(namespace: str) -> Any:
 def _gram_penalty_grad_fake(
     weights: list[Tensor],
     biases: list[Tensor],
+    pruned: list[Tensor],
     slopes: Tensor,
     coefficients: Tensor,
     groups: list[int],
     columns: list[bool],
     penalty: str,
+    precision: str,
 ) -> list[Tensor]:
     return [torch.empty_like(t) for t in (*weights, *biases)]
 
 
 def _gram_penalty_grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    weights, biases, _, coefficients, groups, columns, penalty = inputs
-    ctx.save_for_backward(*weights, *biases, coefficients)
+    weights, biases, pruned, _, coefficients, groups, columns, penalty, _ = inputs
+    ctx.save_for_backward(*weights, *biases, *pruned, coefficients)
     ctx.shape = (groups, columns, penalty)
 
 
@@ -109,11 +125,13 @@ def _gram_penalty_grad_backward(ctx: Any, directions: list[Tensor]) -> tuple[Any
     groups, columns, penalty = ctx.shape
     *layers, coefficients = ctx.saved_tensors
     count = len(groups)
+    weights, biases, pruned = _split(layers, count)
     weight_grads, bias_grads, coefficient_grads = [], [], []
-    for i, (weight, bias) in enumerate(zip(layers[:count], layers[count:], strict=True)):
+    for i, (weight, bias, group) in enumerate(zip(weights, biases, groups, strict=True)):
+        mask = pruned[i] if pruned else None
         along, coefficient = reference.gram_penalty_grad_grad(
-            reference.filter_matrices(weight, bias, groups[i]),
-            reference.filter_matrices(directions[i], directions[count + i], groups[i]),
+            reference.filter_matrices(weight, bias, group, mask),
+            reference.filter_matrices(directions[i], directions[count + i], group, mask),
             coefficients[i],
             columns[i],
             get_penalty(penalty),
@@ -122,20 +140,25 @@ def _gram_penalty_grad_backward(ctx: Any, directions: list[Tensor]) -> tuple[Any
         weight_grads.append(weight_grad)
         bias_grads.append(bias_grad)
         coefficient_grads.append(coefficient)
-    return weight_grads, bias_grads, None, torch.stack(coefficient_grads), None, None, None
+    factors, no_masks = torch.stack(coefficient_grads), [None] * len(pruned)
+    return weight_grads, bias_grads, no_masks, None, factors, None, None, None, None
 
 
 # --- gram: the Gram matrices [g, m, m] of all layers, flat, one after the other
 
 
 def _gram_fake(
-    weights: list[Tensor], biases: list[Tensor], groups: list[int], columns: list[bool]
+    weights: list[Tensor],
+    biases: list[Tensor],
+    groups: list[int],
+    columns: list[bool],
+    precision: str,
 ) -> Tensor:
     return _flat_grams(weights, biases, groups, columns)
 
 
 def _gram_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weights, biases, groups, columns = inputs
+    weights, biases, groups, columns, _ = inputs
     ctx.save_for_backward(*weights, *biases)
     ctx.shape = (groups, columns)
 
@@ -155,7 +178,7 @@ def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         weight_grad, bias_grad = _like_layer(along, weight, bias)
         weight_grads.append(weight_grad)
         bias_grads.append(bias_grad)
-    return weight_grads, bias_grads, None, None
+    return weight_grads, bias_grads, None, None, None
 
 
 def _like_layer(
@@ -176,6 +199,7 @@ def _like_layer(
 def _add_gram_penalty_grad_fake(
     weights: list[Tensor],
     biases: list[Tensor],
+    pruned: list[Tensor],
     grads: list[Tensor],
     bias_grads: list[Tensor],
     coefficients: Tensor,
@@ -183,8 +207,13 @@ def _add_gram_penalty_grad_fake(
     columns: list[bool],
     offsets: list[float],
     penalty: str,
+    precision: str,
 ) -> Tensor:
     return _values(weights)
+
+
+def _add_prepared_fake(prepared: int, grads: list[Tensor], coefficients: Tensor) -> Tensor:
+    return torch.empty_like(coefficients)
 
 
 def _filter_scores_fake(
@@ -196,12 +225,30 @@ def _filter_scores_fake(
     dim: int,
     criteria: list[str],
 ) -> Tensor:
-    filters = sum(
-        w.shape[0] if dim == 0 else g * (w.shape[1] if w.dim() > 1 else 1)
-        for w, g in zip(weights, groups, strict=True)
+    filters = sum(w.shape[0] for w in weights)
+    inputs = sum(
+        g * (w.shape[1] if w.dim() > 1 else 1) for w, g in zip(weights, groups, strict=True)
     )
     dtype = reference.compute_dtype(weights[0].dtype)
-    return weights[0].new_empty((len(criteria), filters), dtype=dtype)
+    total = (filters if dim != 1 else 0) + (inputs if dim != 0 else 0)
+    return weights[0].new_empty((len(criteria), total), dtype=dtype)
+
+
+def _accumulate_fisher_fake(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    fisher: list[Tensor],
+    groups: list[int],
+    dim: int,
+    criteria: list[str],
+) -> Tensor:
+    return _filter_scores_fake(weights, grads, [], [], groups, dim, criteria)
+
+
+def _group_scores_fake(
+    scores: list[Tensor], entries: Tensor, starts: Tensor, reduction: str
+) -> Tensor:
+    return scores[0].new_empty(starts.shape[0] - 1)
 
 
 def register(namespace: str) -> None:
@@ -211,7 +258,10 @@ def register(namespace: str) -> None:
     library.register_fake(f"{namespace}::gram_penalty")(_gram_penalty_fake)
     library.register_fake(f"{namespace}::gram_penalty_grad")(_gram_penalty_grad_fake)
     library.register_fake(f"{namespace}::add_gram_penalty_grad_")(_add_gram_penalty_grad_fake)
+    library.register_fake(f"{namespace}::add_prepared_gram_penalty_grad_")(_add_prepared_fake)
     library.register_fake(f"{namespace}::filter_scores")(_filter_scores_fake)
+    library.register_fake(f"{namespace}::accumulate_fisher_")(_accumulate_fisher_fake)
+    library.register_fake(f"{namespace}::group_scores")(_group_scores_fake)
     library.register_autograd(f"{namespace}::gram", _gram_backward, setup_context=_gram_context)
     library.register_autograd(
         f"{namespace}::gram_penalty",

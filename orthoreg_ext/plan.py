@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from numbers import Real
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
@@ -42,7 +44,6 @@ class Term:
     with_bias: list[bool]
     factors: list[float]
     coefficients: Tensor  # [L], on the device
-    subsets: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Any]:
         """The current parameters, as arguments of a functional call."""
@@ -55,28 +56,32 @@ class Term:
             "groups": [layer.groups for layer in self.layers],
         }
 
-    def owned(self, parameters: set[int]) -> tuple[dict[str, Any], Tensor] | None:
-        """Arguments and coefficients of the layers with a parameter of that set.
+    def owned(self, parameters: set[int]) -> list[int]:
+        """The layers with a parameter of that set of identities."""
+        return [
+            i
+            for i, layer in enumerate(self.layers)
+            if self._owns_weight(i, parameters)
+            or (self.with_bias[i] and id(layer.bias) in parameters)
+        ]
 
-        Of those, tensors outside the set are detached: some other optimizer steps them.
+    def _owns_weight(self, i: int, parameters: set[int]) -> bool:
+        return any(id(p) in parameters for p in self.layers[i].weight_parameters())
+
+    def arguments(self, indices: Sequence[int], parameters: set[int]) -> dict[str, Any]:
+        """The current parameters of some layers, as arguments of a functional call.
+
+        Tensors outside the set are detached: some other optimizer steps them.
         """
-        taken, weights, biases = [], [], []
-        for i, layer in enumerate(self.layers):
+        weights, biases = [], []
+        for i in indices:
+            layer = self.layers[i]
             bias = layer.bias if self.with_bias[i] else None
-            mine = any(id(p) in parameters for p in layer.weight_parameters())
-            bias_mine = bias is not None and id(bias) in parameters
-            if mine or bias_mine:
-                taken.append(i)
-                weights.append(layer.weight if mine else layer.weight.detach())
-                biases.append(bias if bias is None or bias_mine else bias.detach())
-        if not taken:
-            return None
-        key = tuple(taken)
-        if key not in self.subsets:
-            whole = len(taken) == len(self.layers)
-            self.subsets[key] = self.coefficients if whole else self.coefficients[taken]
-        groups = [self.layers[i].groups for i in taken]
-        return {"weights": weights, "biases": biases, "groups": groups}, self.subsets[key]
+            mine = self._owns_weight(i, parameters)
+            weights.append(layer.weight if mine else layer.weight.detach())
+            biases.append(bias if bias is None or id(bias) in parameters else bias.detach())
+        groups = [self.layers[i].groups for i in indices]
+        return {"weights": weights, "biases": biases, "groups": groups}
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,32 @@ class Plan:
 
     terms: list[Term]
     skipped: list[SkippedLayer]
+
+
+class ModelState:
+    """What a plan hangs on: the modules and parameters of a model, and the parameters' form."""
+
+    _form = attrgetter("requires_grad", "device", "shape")
+    _entries = methodcaller("values")
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        # nothing says that a module has changed, so all is compared; this is fast because no loop
+        # over modules or parameters runs in Python
+        self._tables: list[Any] = [m._modules for m in modules] + [m._parameters for m in modules]
+        self._lengths = [len(table) for table in self._tables]
+        self._filled = [table for table in self._tables if table]
+        self._objects = list(chain.from_iterable(map(self._entries, self._filled)))
+        self._parameters = list(model.parameters())
+        self._forms = list(map(self._form, self._parameters))
+
+    def holds(self) -> bool:
+        """Whether the model has the same modules and parameters, in the same form."""
+        return (
+            list(map(len, self._tables)) == self._lengths
+            and all(map(is_, chain.from_iterable(map(self._entries, self._filled)), self._objects))
+            and list(map(self._form, self._parameters)) == self._forms
+        )
 
 
 @dataclass(frozen=True)

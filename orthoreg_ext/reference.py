@@ -37,11 +37,14 @@ def filter_matrices(
     weight: Tensor,  # [groups * n, ...]
     bias: Tensor,  # [groups * n] or empty
     groups: int,
+    pruned: Tensor | None = None,  # bool [groups * n] or empty
 ) -> Tensor:  # [groups, n, k] or [groups, n, k + 1]
-    """The filters as rows, one matrix a group, in the computing precision."""
+    """The filters as rows, one matrix a group, in the computing precision; pruned ones are 0."""
     matrix = weight.flatten(1) if weight.dim() > 1 else weight.unsqueeze(1)
     if bias.numel():
         matrix = torch.cat([matrix, bias.unsqueeze(1).to(matrix.dtype)], 1)
+    if pruned is not None and pruned.numel():
+        matrix = matrix.masked_fill(pruned.unsqueeze(1), 0)
     matrices: Tensor = matrix.to(compute_dtype(weight.dtype)).unflatten(
         0, (groups, weight.shape[0] // groups)
     )
@@ -54,25 +57,51 @@ def gram(matrices: Tensor, columns: bool) -> Tensor:  # [g, n, k] -> [g, n, n] o
         return matrices.mT @ matrices if columns else matrices @ matrices.mT
 
 
-def residual(gram_matrix: Tensor, identity: bool) -> Tensor:  # [g, m, m] -> [g, m, m]
-    """R = G - I, or G without its diagonal."""
+def targets(
+    pruned: Tensor | None,  # bool [groups * n] or empty
+    groups: int,
+    columns: bool,
+) -> Tensor | None:  # bool [g, n]
+    """Which rows of the Gram matrices have the target 1; None for all of them."""
+    if pruned is None or not pruned.numel() or columns:
+        return None
+    kept: Tensor = (~pruned).unflatten(0, (groups, -1))
+    return kept
+
+
+def residual(
+    gram_matrix: Tensor,  # [g, m, m]
+    identity: bool,
+    target: Tensor | None = None,  # bool [g, m]
+) -> Tensor:  # [g, m, m]
+    """R = G - I with the target on its diagonal, or G without its diagonal."""
     eye = torch.eye(gram_matrix.shape[-1], dtype=gram_matrix.dtype, device=gram_matrix.device)
-    return gram_matrix - eye if identity else gram_matrix * (1 - eye)
+    if not identity:
+        return gram_matrix * (1 - eye)
+    return gram_matrix - (eye if target is None else eye * target.unsqueeze(-1))
 
 
 def gram_penalty(
     weights: Sequence[Tensor],  # each [groups * n, ...]
     biases: Sequence[Tensor],  # each [groups * n] or empty
+    pruned: Sequence[Tensor],  # each bool [groups * n] or empty; or none at all
     groups: Sequence[int],
     columns: Sequence[bool],
     offsets: Sequence[float],
     penalty: Entrywise,
 ) -> Tensor:  # [L]
-    """P_l = offset_l + sum_ij phi(R_ij) for each layer, summed over its groups."""
-    values = [
-        penalty.value(residual(gram(filter_matrices(w, b, g), c), penalty.identity)).sum() + o
-        for w, b, g, c, o in zip(weights, biases, groups, columns, offsets, strict=True)
-    ]
+    """P_l = offset_l + sum_ij phi(R_ij) for each layer, summed over its groups.
+
+    A pruned filter reads as zeros, with target 0 for its norm: it adds nothing.
+    """
+    values = []
+    for i, (weight, bias, group, column) in enumerate(
+        zip(weights, biases, groups, columns, strict=True)
+    ):
+        mask = pruned[i] if pruned else None
+        matrix = gram(filter_matrices(weight, bias, group, mask), column)
+        rest = residual(matrix, penalty.identity, targets(mask, group, column))
+        values.append(penalty.value(rest).sum() + offsets[i])
     return torch.stack(values)
 
 
@@ -82,7 +111,10 @@ def gram_penalty_grad(
     columns: bool,
     penalty: Entrywise,
 ) -> Tensor:  # [g, n, k]
-    """dP/dW = 2 c S W (rows) or 2 c W S (columns), with S = phi'(R)."""
+    """dP/dW = 2 c S W (rows) or 2 c W S (columns), with S = phi'(R).
+
+    A pruned filter, a row of zeros, needs no target here: its entry of S meets nothing but zeros.
+    """
     slope = penalty.slope(residual(gram(matrices, columns), penalty.identity))
     with torch.autocast(matrices.device.type, enabled=False):
         return 2 * coefficient * (matrices @ slope if columns else slope @ matrices)
@@ -99,6 +131,7 @@ def gram_penalty_grad_grad(
 
     With Q = phi''(R) . sym(V W^T) the first is 2 c (S V + 2 Q W), on the columns
     2 c (V S + 2 W Q) with Q = phi''(R) . sym(W^T V); the second is 2 <V, S W>.
+    Pruned filters are zeros in W and in V.
     """
     rest = residual(gram(matrices, columns), penalty.identity)
     slope = penalty.slope(rest)
@@ -145,7 +178,8 @@ def filter_entries(
     if dim == 0:
         return matrices.flatten(0, 1)
     inputs = weight.shape[1] if weight.dim() > 1 else 1
-    by_input: Tensor = matrices.unflatten(2, (inputs, -1)).transpose(1, 2)
+    taps = matrices.shape[2] // max(inputs, 1)
+    by_input: Tensor = matrices.unflatten(2, (inputs, taps)).transpose(1, 2)
     return by_input.flatten(2).flatten(0, 1)
 
 
@@ -157,13 +191,79 @@ def filter_scores(
     groups: Sequence[int],
     dim: int,
     criteria: Sequence[str],
-) -> Tensor:  # [len(criteria), sum of filters]
-    """Every criterion for every filter (dim 0) or input channel (dim 1) of all layers."""
+) -> Tensor:  # [len(criteria), scores of all layers]
+    """Every criterion for every filter (dim 0), input channel (1) or both (2) of all layers.
+
+    Of both, the filters of all layers come before all input channels; a bias is an entry of its
+    filter only.
+    """
     layers = []
-    for i, (weight, bias, group) in enumerate(zip(weights, biases, groups, strict=True)):
-        w = filter_entries(weight, bias, group, dim)
-        g = w.new_empty(0)
-        if grads:
-            g = filter_entries(grads[i], bias_grads[i], group, dim).to(w.dtype)
-        layers.append(torch.stack([SCORES[c](w, g) for c in criteria]))
+    for axis in (0, 1) if dim == 2 else (dim,):
+        for i, (weight, bias, group) in enumerate(zip(weights, biases, groups, strict=True)):
+            extra = bias if axis == 0 or dim == 1 else bias.new_empty(0)
+            w = filter_entries(weight, extra, group, axis)
+            g = w.new_empty(0)
+            if grads:
+                extra = bias_grads[i] if extra.numel() else extra
+                g = filter_entries(grads[i], extra, group, axis).to(w.dtype)
+            layers.append(torch.stack([SCORES[c](w, g) for c in criteria]))
     return torch.cat(layers, 1)
+
+
+FISHER_DIAG = "fisher_diag"
+"""sum w^2 F with F the accumulated g^2: the saliency of optimal brain damage (LeCun, Denker and
+Solla, 1989), twice, with the diagonal of the empirical Fisher matrix for that of the Hessian."""
+
+
+def accumulate_fisher_(
+    weights: Sequence[Tensor],  # each [groups * n, i, ...]
+    grads: Sequence[Tensor],  # like weights
+    fisher: Sequence[Tensor],  # like weights, in the computing precision
+    groups: Sequence[int],
+    dim: int,
+    criteria: Sequence[str],  # of SCORES, or FISHER_DIAG
+) -> Tensor:  # [len(criteria), scores of all layers]
+    """F += g^2, and every criterion as in filter_scores, with the new F."""
+    for f, g in zip(fisher, grads, strict=True):
+        f += g.to(f.dtype).square()
+    layers = []
+    for axis in (0, 1) if dim == 2 else (dim,):
+        for weight, grad, f, group in zip(weights, grads, fisher, groups, strict=True):
+            none = weight.new_empty(0)
+            w, g, entries = (filter_entries(t, none, group, axis) for t in (weight, grad, f))
+            layers.append(
+                torch.stack(
+                    [
+                        (w.square() * entries).sum(1) if c == FISHER_DIAG else SCORES[c](w, g)
+                        for c in criteria
+                    ]
+                )
+            )
+    return torch.cat(layers, 1)
+
+
+REDUCTIONS = ("mean", "sum", "max", "first")
+"""What group_scores makes of the scores that belong to one root channel."""
+
+
+def group_scores(
+    scores: Sequence[Tensor],  # each [n], of one precision
+    entries: Tensor,  # [E] int64: (index of a tensor) * 2^32 + (index in it)
+    starts: Tensor,  # [R + 1] int64: entries[starts[r] : starts[r + 1]] belong to root channel r
+    reduction: str,
+) -> Tensor:  # [R]
+    """Gathers the scores of each root channel and reduces them, in double."""
+    lengths = torch.tensor([0, *(len(s) for s in scores)], device=entries.device)
+    offsets = lengths.cumsum(0)[entries >> 32]
+    values = torch.cat(list(scores)).double()[offsets + (entries & 0xFFFFFFFF)]
+    counts = starts.diff()
+    if reduction == "first":
+        return values[starts[:-1]].to(scores[0].dtype)
+    where = torch.repeat_interleave(counts)
+    total = values.new_zeros(len(counts))
+    if reduction == "max":
+        total = total.scatter_reduce(0, where, values, "amax", include_self=False)
+    else:
+        total = total.index_add(0, where, values)
+        total = total / counts if reduction == "mean" else total
+    return total.to(scores[0].dtype)

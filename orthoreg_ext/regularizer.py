@@ -12,11 +12,19 @@ from torch import Tensor, nn
 
 from . import functional
 from .arguments import SIDES
-from .attachment import Attachment, parameters_of
+from .attachment import Attachment, PreparedTerms, parameters_of
 from .diagnostics import LayerReport, Report, mean_correlation
 from .errors import choose
 from .penalties import get_penalty
-from .plan import LAYER_WEIGHTS, LayerWeights, Plan, Selection, Selector, is_factor
+from .plan import (
+    LAYER_WEIGHTS,
+    LayerWeights,
+    ModelState,
+    Plan,
+    Selection,
+    Selector,
+    is_factor,
+)
 
 
 class OrthoRegularizer:
@@ -96,14 +104,16 @@ class OrthoRegularizer:
         self.schedule = schedule
         self.step = 0  # calls of this object; attached optimizers count their own steps
         self._selection = Selection(self.side, layer_weights, include, exclude, bias, max_dim)
-        self._key: tuple[Any, ...] = ()
         self._attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Attachment] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._prepared: weakref.WeakKeyDictionary[torch.optim.Optimizer, PreparedTerms] = (
             weakref.WeakKeyDictionary()
         )
         self._loaded_steps: list[int] = []
         self._selection.check(model)
-        self._plan = self._selection.plan(model)
-        plan = self._current()
+        self._plan = plan = self._selection.plan(model)
+        self._state: ModelState | None = ModelState(model)
         if not plan.terms:
             reasons = "; ".join(f"{s.name!r}: {s.reason}" for s in plan.skipped)
             raise ValueError(
@@ -171,23 +181,13 @@ class OrthoRegularizer:
         factor = self._factor(step)
         if factor == 0:
             return
-        scale = getattr(optimizer, "grad_scale", None)
-        owned = parameters_of(optimizer)
-        added = False
-        for term in self._current().terms:
-            mine = term.owned(owned)
-            if mine is not None:
-                added = True
-                tensors, coefficients = mine
-                functional.add_gram_penalty_grad_(
-                    penalty=self.penalty,
-                    strength=factor if scale is None else scale.to(coefficients.device) * factor,
-                    side=self.side,
-                    coefficients=coefficients,
-                    **tensors,
-                )
-
-        if not added and self._current().terms:
+        plan, settings = self._current(), (self.penalty, self.side)
+        prepared = self._prepared.get(optimizer)
+        if prepared is None or not prepared.holds(plan, optimizer, *settings):
+            prepared = PreparedTerms(plan, optimizer, *settings)
+            self._prepared[optimizer] = prepared
+        prepared.add(factor, getattr(optimizer, "grad_scale", None))
+        if plan.terms and not prepared.terms:
             warnings.warn(
                 "the optimizer holds none of the regularised layers any more, so the term is lost: "
                 "parameters were replaced (give prune its optimizer=) or frozen since attach()",
@@ -272,23 +272,19 @@ class OrthoRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is attached to no optimizer; see :meth:`state_dict` for resuming."""
-        return {**self.__dict__, "_attached": None}
+        return {**self.__dict__, "_attached": None, "_prepared": None, "_state": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a copy, attached to nothing."""
         self.__dict__.update(state)
         self._attached = weakref.WeakKeyDictionary()
+        self._prepared = weakref.WeakKeyDictionary()
 
     def _current(self) -> Plan:
         """The plan for the parameters the model has now."""
         if torch.compiler.is_compiling():
             return self._plan  # a graph is of fixed layers anyway
-        key = tuple(
-            (id(module), id(p), p.requires_grad, p.device, p.shape)
-            for module in self.model.modules()
-            for p in module._parameters.values()
-            if p is not None
-        )
-        if key != self._key:
-            self._key, self._plan = key, self._selection.plan(self.model)
+        if self._state is None or not self._state.holds():
+            self._plan = self._selection.plan(self.model)
+            self._state = ModelState(self.model)
         return self._plan

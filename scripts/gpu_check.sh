@@ -1,73 +1,208 @@
 #!/usr/bin/env bash
-# Builds for the GPU at hand and checks there: tests, compute-sanitizer, benchmarks. Needs python3
-# with a torch that has CUDA, nvcc and an NVIDIA GPU; works without a network as far as the packages
-# are there (missing ones may lie as wheels in the folder $GPU_WHEELS). Writes its results to $OUT,
-# or build/gpu-check; exits non-zero if anything failed or there is no GPU.
+# Builds for the GPU at hand and checks there, in under nine minutes; needs no network.
+#
+#   scripts/gpu_check.sh                           all stages
+#   STAGES="build pytest" scripts/gpu_check.sh     some of them; "build" is skipped where it is done
+#   EMULATED=1 scripts/gpu_check.sh                without a GPU: every stage once, on the emulator
+#
+#   build       a virtual environment that sees this Python's packages, the package for this GPU
+#   info        nvidia-smi, orthoreg info
+#   exercise    every operator on ragged and large layers against the reference
+#   pytest      the whole test suite on the GPU
+#   emu         the PTX wrappers and instructions of the emulator, on the GPU
+#   sanitizers  compute-sanitizer: memcheck, racecheck, initcheck, synccheck, on small layers
+#   properties  same bits always, no call waits for the GPU, CUDA graphs
+#   probes      what the hardware gives: tensor cores, L2, memory, launches
+#   bench       the package beside every baseline of benchmarks/baselines.py
+#
+# PYTHON is a Python with a torch that has CUDA. Packages that it lacks may lie as wheels in the
+# folder $GPU_WHEELS. Results go to $OUT, or build/gpu-check (build/emulated-check where EMULATED);
+# exits non-zero if a stage failed, or if there is no GPU. TOTAL_SECONDS bounds the whole: a stage for
+# which no time is left is left out and says so, and `bench` takes what is left.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-out=${OUT:-build/gpu-check}
-export VENV=${VENV:-.venv}
+emulated=${EMULATED:-}
+[ "$emulated" = 0 ] && emulated=
+out=${OUT:-build/$([ -n "$emulated" ] && echo emulated || echo gpu)-check}
+stages=${STAGES:-build info exercise pytest emu sanitizers properties probes bench}
+# Of the emulator's, nobody shall take a result for one of a GPU.
+suffix=${emulated:+-emulated}
+flag=${emulated:+--emulated}
+venv=${GPU_VENV:-build/gpu-venv}
+py=$venv/bin/python
+[ -n "$emulated" ] && py=$(command -v "$python")
+jobs=${MAX_JOBS:-$(nproc)}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$([ -n "$emulated" ] && echo 1 || echo 4)}
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 
-if ! nvidia-smi -L >/dev/null 2>&1; then
-  echo "gpu-check: no NVIDIA GPU on this machine (nvidia-smi finds none); nothing was checked" >&2
-  exit 1
+if [ -z "$emulated" ]; then
+  if ! nvidia-smi -L >/dev/null 2>&1; then
+    echo "gpu-check: no NVIDIA GPU on this machine (nvidia-smi finds none); nothing was checked" >&2
+    exit 1
+  fi
+  if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu-check: the torch of $python does not see the GPU: set PYTHON to one that does" >&2
+    exit 1
+  fi
 fi
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "gpu-check: the torch of $python does not see the GPU: set PYTHON to one that does" >&2
-  exit 1
-fi
+for stage in $stages; do
+  case $stage in
+    build | info | exercise | pytest | emu | sanitizers | properties | probes | bench) ;;
+    *)
+      echo "gpu-check: there is no stage '$stage'; they are listed in scripts/gpu_check.sh" >&2
+      exit 1
+      ;;
+  esac
+done
 mkdir -p "$out"
-: >"$out/summary.txt"
+summary=$out/summary$suffix.txt
+: >>"$summary"
 failed=0
 
-# step NAME COMMAND...: runs it, keeps its output in NAME.log, notes the outcome in summary.txt.
+total=${TOTAL_SECONDS:-$([ -n "$emulated" ] && echo 3600 || echo 520)}
+time_left() { echo $((total - SECONDS)); }
+note() { echo "$*" | tee -a "$summary"; }
+wanted() { case " $stages " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+
+# step NAME SECONDS COMMAND...: runs it for so long at most, keeps its output in NAME.log, notes the
+# outcome; what comes after runs whatever it is.
 step() {
-  local name=$1 start=$SECONDS status=0
-  shift
+  local name=$1 limit=$2 start=$SECONDS status=0 log
+  shift 2
+  log=$out/$name$suffix.log
+  [ "$limit" -le "$(time_left)" ] || limit=$(time_left)
+  if [ "$limit" -lt 10 ]; then
+    failed=1
+    note "$name: LEFT OUT, the $total s of TOTAL_SECONDS are over"
+    return 1
+  fi
   echo "==> $name"
-  "$@" >"$out/$name.log" 2>&1 || status=$?
+  timeout --kill-after=10 "$limit" "$@" >"$log" 2>&1 || status=$?
   [ $status -eq 0 ] || failed=1
-  tail -n "$([ $status -eq 0 ] && echo 3 || echo 60)" "$out/$name.log"
-  echo "$name: exit $status, $((SECONDS - start)) s" | tee -a "$out/summary.txt"
+  tail -n "$([ $status -eq 0 ] && echo 4 || echo 60)" "$log"
+  local outcome="exit $status"
+  [ $status -eq 0 ] && outcome=passed
+  if [ $status -eq 124 ] || [ $status -eq 137 ]; then outcome="TIMED OUT after $limit s"; fi
+  note "$name: $outcome, $((SECONDS - start)) s"
   return $status
 }
 
-nvidia-smi >"$out/nvidia-smi.txt"
-make --no-print-directory "PYTHON=$python" "VENV=$VENV" "$VENV/stamps/environment"
-py=$VENV/bin/python
-if [ -n "${GPU_WHEELS:-}" ]; then
-  "$py" -m pip install -q --no-index --no-deps "$GPU_WHEELS"/*.whl
+make_environment() {
+  PIP_NO_INDEX=1 PIP_FIND_LINKS=${GPU_WHEELS:-} "$python" scripts/environment.py \
+    --folder "$venv" --torch none || return 1
+  if [ -n "${GPU_WHEELS:-}" ]; then
+    "$py" -m pip install -q --no-index --no-deps "$GPU_WHEELS"/*.whl || return 1
+  fi
+}
+
+sanitizers() {
+  local sanitizer running=() tool pid status bad=0 text limit=110 filter
+  [ "$limit" -le "$(time_left)" ] || limit=$(time_left)
+  sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+  if [ ! -x "$sanitizer" ]; then
+    note "sanitizers: left out, compute-sanitizer is not installed"
+    return 0
+  fi
+  # Four processes at once, on our kernels alone; but initcheck must see what others write.
+  for tool in memcheck racecheck initcheck synccheck; do
+    filter=(--kernel-name kns=orthoreg)
+    [ $tool = initcheck ] && filter=()
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=10 "$limit" "$sanitizer" \
+      --tool "$tool" "${filter[@]}" --error-exitcode 1 \
+      "$py" scripts/gpu_exercise.py --quick >"$out/sanitizer-$tool.log" 2>&1 &
+    running+=("$tool:$!")
+  done
+  for pid in "${running[@]}"; do
+    tool=${pid%%:*} status=0
+    wait "${pid##*:}" || status=$?
+    text=$(grep 'SUMMARY' "$out/sanitizer-$tool.log" | tail -n 1 || true)
+    if grep -q 'Device not supported' "$out/sanitizer-$tool.log"; then
+      note "sanitizer-$tool: left out, compute-sanitizer does not support this machine"
+    elif [ $status -eq 0 ] && [ -n "$text" ]; then
+      note "sanitizer-$tool: passed (${text##*= })"
+    else
+      bad=1
+      tail -n 40 "$out/sanitizer-$tool.log"
+      note "sanitizer-$tool: exit $status ${text:-(124 is a timeout; no summary)}"
+    fi
+  done
+  return $bad
+}
+
+note "---- $(date -u +%FT%TZ) stages: $stages${emulated:+ (EMULATED: no GPU was used)}"
+if wanted build; then
+  if [ -n "$emulated" ]; then
+    step build 600 "$py" -m tests.emu.build || exit 1
+  else
+    if [ ! -x "$py" ]; then
+      export python venv py
+      export -f make_environment
+      step environment 120 bash -c make_environment || exit 1
+    fi
+    export ORTHOREG_CUDA=ON CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-native}
+    MAX_JOBS=$jobs step build 200 \
+      "$py" -m pip install -v --no-index --no-deps --no-build-isolation -e . || exit 1
+  fi
 fi
-export ORTHOREG_CUDA=ON CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-native}
-step build "$py" -m pip install -v --no-index --no-deps --no-build-isolation -e . || exit 1
-step info "$py" -c 'import json, orthoreg_ext as ox; print(json.dumps(ox.build_info(), indent=1))'
-if ! "$py" -c 'import sys, orthoreg_ext as ox; sys.exit(not ox.build_info()["cuda"]["usable"])'; then
-  echo "gpu-check: the CUDA kernels cannot run here, see $out/info.log" >&2
+if [ ! -x "$py" ]; then
+  echo "gpu-check: $venv is not there yet: run the stage build first" >&2
   exit 1
 fi
-
-ignored=(--ignore=tests/emu) # the emulator stands in for a GPU
-if ! "$py" -c 'import torch_pruning' 2>/dev/null; then
-  echo "gpu-check: torch_pruning is not installed, so tests/pruning and tests/experiment are left out" |
-    tee -a "$out/summary.txt"
-  ignored+=(--ignore=tests/pruning --ignore=tests/experiment)
+if wanted info; then
+  [ -n "$emulated" ] || nvidia-smi >"$out/nvidia-smi.txt" 2>&1 || true
+  step info 60 "$py" -c 'import json, orthoreg_ext as ox; print(json.dumps(ox.build_info(), indent=1))' ||
+    true
 fi
-step exercise "$py" scripts/gpu_exercise.py || true
-step pytest "$py" -m pytest "${ignored[@]}" -p no:cacheprovider -p no:benchmark \
-  --junitxml="$out/pytest.xml" || true
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck initcheck synccheck; do
-    step "sanitizer-$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-      --error-exitcode 1 "$py" scripts/gpu_exercise.py || true
-  done
-else
-  echo "gpu-check: compute-sanitizer is not installed; left out" | tee -a "$out/summary.txt"
+if [ -z "$emulated" ] &&
+  ! "$py" -c 'import sys, orthoreg_ext as ox; sys.exit(not ox.build_info()["cuda"]["usable"])'; then
+  note "gpu-check: the CUDA kernels cannot run here, see $out/info.log; nothing else was checked"
+  exit 1
 fi
-if [ -d benchmarks ]; then
-  step benchmarks "$py" -m pytest benchmarks -p no:cacheprovider \
-    --benchmark-json="$out/benchmarks.json" || true
+if wanted exercise; then
+  step exercise 90 "$py" scripts/gpu_exercise.py $flag ${emulated:+--quick} || true
 fi
-echo "==> gpu-check: results in $out"
-cat "$out/summary.txt"
+if wanted pytest; then
+  selected=(tests --ignore=tests/emu -k "cuda or gpu")
+  [ -n "$emulated" ] && selected=(tests/test_schedules.py)
+  if ! "$py" -c 'import torch_pruning' 2>/dev/null; then
+    note "pytest: torch_pruning is not installed, so tests/pruning and tests/experiment are left out"
+    selected+=(--ignore=tests/pruning --ignore=tests/experiment)
+  fi
+  # Each worker holds its own CUDA context and memory pool.
+  if "$py" -c 'import xdist' 2>/dev/null; then
+    selected+=(-n "$((jobs < 8 ? jobs : 8))")
+  fi
+  step pytest 180 "$py" -m pytest -q "${selected[@]}" -p no:cacheprovider -p no:benchmark \
+    --junitxml="$out/pytest$suffix.xml" || true
+fi
+if wanted emu; then
+  marked=(-m gpu tests/emu/test_wrappers.py tests/emu)
+  [ -n "$emulated" ] && marked=(tests/emu/test_wrappers.py)
+  step emu 90 "$py" -m pytest -q "${marked[@]}" -p no:cacheprovider -p no:benchmark || true
+fi
+if wanted sanitizers; then
+  if [ -n "$emulated" ]; then
+    step sanitizers 60 "$py" scripts/gpu_exercise.py --quick --emulated || true
+  else
+    echo "==> sanitizers"
+    sanitizers || failed=1
+  fi
+fi
+if wanted properties; then
+  step properties 60 "$py" scripts/gpu_properties.py $flag || true
+fi
+if wanted probes; then
+  step probes 60 "$py" scripts/gpu_probes.py $flag --out "$out/probes$suffix.json" || true
+fi
+if wanted bench; then
+  # A case that is under way when its time is over still finishes.
+  seconds=$([ -n "$emulated" ] && echo 10 || echo $(($(time_left) > 60 ? $(time_left) - 50 : 10)))
+  device=$([ -n "$emulated" ] && echo emulated || echo cuda)
+  step bench 600 \
+    "$py" -m benchmarks.compare --device "$device" --budget "$seconds" --out "$out" || true
+fi
+tar -czf "$out/all$suffix.tar.gz" --exclude='*.tar.gz' -C "$out" .
+echo "==> gpu-check: results in $out, together in all$suffix.tar.gz"
+cat "$summary"
 exit $failed

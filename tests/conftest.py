@@ -49,7 +49,7 @@ class Target:
         return getattr(torch.ops, BACKENDS[self.name].namespace or "orthoreg")
 
 
-def _target(name: str, request: pytest.FixtureRequest) -> Target:
+def make_target(name: str, request: pytest.FixtureRequest) -> Target:
     if name == "emulated":
         return Target(request.getfixturevalue("emulator"), torch.device("cpu"), 1e-5)
     if name == "cuda":
@@ -59,13 +59,13 @@ def _target(name: str, request: pytest.FixtureRequest) -> Target:
     return Target("cpu", torch.device("cpu"), 1e-6)
 
 
-_TARGETS = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
+TARGETS = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=_TARGETS)
+@pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Runs the test on the CPU, on the emulated and, with a GPU, on the real CUDA operators."""
-    chosen = _target(request.param, request)
+    chosen = make_target(request.param, request)
     with ox.backend(chosen.name):
         yield chosen
 

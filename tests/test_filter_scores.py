@@ -31,18 +31,20 @@ def test_hand_computed(target: Target, criterion: str) -> None:
     for dim in (0, 1):
         (got,) = F.filter_scores([weight], [grad], (criterion,), dim=dim)[criterion]
         torch.testing.assert_close(got.cpu(), torch.tensor(TABLE[criterion][dim]))
+    for dim, scores in enumerate(F.filter_scores([weight], [grad], (criterion,), dim=(0, 1))):
+        torch.testing.assert_close(scores[criterion][0].cpu(), torch.tensor(TABLE[criterion][dim]))
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_random_layers_agree_with_the_reference_in_float64(target: Target, seed: int) -> None:
     layers = random_layers(seed, target.device, budget=100_000)
-    dim = seed % 2
+    dim = (0, 1, (0, 1))[seed % 3]
     oracle = layers.double()
     generator = torch.Generator().manual_seed(seed)
     grads = [torch.randn(w.shape, generator=generator) for w in layers.weights]
     arguments = {"criteria": ALL, "dim": dim, "groups": layers.groups}
     extra, oracle_extra = {}, {}
-    if dim == 0:
+    if dim != 1:
         bias_grads = [
             None if b is None else torch.randn(b.shape, generator=generator) for b in layers.biases
         ]
@@ -57,11 +59,14 @@ def test_random_layers_agree_with_the_reference_in_float64(target: Target, seed:
         want = F.filter_scores(
             oracle.weights, [g.double() for g in grads], **arguments, **oracle_extra
         )
-    for criterion in ALL:
-        for a, b in zip(got[criterion], want[criterion], strict=True):
-            assert a.shape == b.shape
-            assert a.dtype == torch.float32
-            assert relative_error(a, b) <= target.tolerance, f"seed {seed} {criterion}"
+    if dim != (0, 1):
+        got, want = (got,), (want,)
+    for got_one, want_one in zip(got, want, strict=True):
+        for criterion in ALL:
+            for a, b in zip(got_one[criterion], want_one[criterion], strict=True):
+                assert a.shape == b.shape
+                assert a.dtype == torch.float32
+                assert relative_error(a, b) <= target.tolerance, f"seed {seed} {criterion}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -90,6 +95,99 @@ def test_channels_last_and_a_contiguous_gradient(target: Target, dim: int) -> No
     got = F.filter_scores([moved], [grad], ALL, dim=dim)
     for criterion in ALL:
         torch.testing.assert_close(got[criterion], want[criterion])
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+PIECES = {  # shape, groups: every way to cut a layer into pieces, and its edges
+    "several row and column blocks": ((300, 33, 3, 3), 1),
+    "one long filter": ((1, 5000), 1),
+    "few long filters": ((3, 1024), 1),
+    "many short filters": ((1500, 3), 1),
+    "one entry a filter": ((700, 1), 1),
+    "whole 16-byte loads": ((40, 64, 3, 3), 1),
+    "one column more": ((70, 257), 1),
+    "one column less": ((70, 255), 1),
+    "depthwise": ((300, 1, 3, 3), 300),
+    "small groups": ((96, 4, 3, 3), 32),
+    "large groups": ((402, 8, 1, 1), 3),
+    "groups of odd size": ((35, 6, 3, 1), 7),
+    "no filters": ((0, 4), 1),
+    "no entries": ((4, 0), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_of_every_kind(target: Target, name: str, dtype: torch.dtype) -> None:
+    shape, groups = PIECES[name]
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    layouts = [torch.contiguous_format]
+    if len(shape) == 4:
+        layouts.append(torch.channels_last)
+    with ox.backend("reference"):
+        want = F.filter_scores([weight.double()], [grad.double()], ALL, dim=(0, 1), groups=[groups])
+    tolerance = 1e-13 if dtype == torch.float64 else target.tolerance
+    for layout in layouts:
+        w, g = (t.to(target.device).contiguous(memory_format=layout) for t in (weight, grad))
+        both = F.filter_scores([w], [g], ALL, dim=(0, 1), groups=[groups])
+        each = [F.filter_scores([w], [g], ALL, dim=dim, groups=[groups]) for dim in (0, 1)]
+        alone = F.filter_scores([w], criteria=("l1", "l2"), dim=(0, 1), groups=[groups])
+        for dim in (0, 1):
+            for criterion in ALL:
+                (got,) = both[dim][criterion]
+                assert relative_error(got, want[dim][criterion][0]) <= tolerance, criterion
+                assert torch.equal(each[dim][criterion][0], got), criterion
+            for criterion, (got,) in alone[dim].items():
+                assert relative_error(got, want[dim][criterion][0]) <= tolerance, criterion
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("offset", "stride"), [(0, 32), (16, 48), (1, 32), (0, 33), (2, 40)])
+def test_views_aligned_or_not(target: Target, dtype: torch.dtype, offset: int, stride: int) -> None:
+    values = torch.randn(offset + 20 * stride, generator=torch.Generator().manual_seed(0))
+    values = values.to(target.device, dtype)
+    weight = values[offset:].as_strided((20, 32), (stride, 1), offset)
+    grad = weight.cos().contiguous()
+    got = F.filter_scores([weight], [grad], ALL, dim=(0, 1))
+    want = F.filter_scores([weight.contiguous()], [grad], ALL, dim=(0, 1))
+    for dim in (0, 1):
+        for criterion in ALL:
+            assert relative_error(got[dim][criterion][0], want[dim][criterion][0]) <= 1e-6
+
+
+def test_biases_count_for_filters_only(target: Target) -> None:
+    weight, bias = torch.ones(3, 2, device=target.device), torch.ones(3, device=target.device)
+    filters, inputs = F.filter_scores([weight], dim=(0, 1), biases=[bias])
+    assert filters["l1"][0].tolist() == [3.0, 3.0, 3.0]
+    assert inputs["l1"][0].tolist() == [3.0, 3.0]
+
+
+def test_results_do_not_depend_on_the_other_layers(target: Target) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        torch.randn(shape, generator=generator).to(target.device)
+        for shape in ((200, 77), (5, 5), (64, 640))
+    ]
+    grads = [w.sin() for w in weights]
+    together = F.filter_scores(weights, grads, ALL, dim=(0, 1))
+    for i in range(3):
+        alone = F.filter_scores([weights[i]], [grads[i]], ALL, dim=(0, 1))
+        for dim in (0, 1):
+            for criterion in ALL:
+                assert torch.equal(together[dim][criterion][i], alone[dim][criterion][0])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_so_and_where_it_is(target: Target, value: float) -> None:
+    weight = torch.ones(3, 40, device=target.device)
+    weight[1, 7] = value
+    for dim, place in ((0, 1), (1, 7)):
+        for criterion, (scores,) in F.filter_scores(
+            [weight], [weight.sign()], ALL, dim=dim
+        ).items():
+            assert (~scores.isfinite()).nonzero().flatten().tolist() == [place], criterion
+            assert scores[place].isnan() == (value != value), criterion
 
 
 def test_kernel_dimensions_in_any_order(target: Target) -> None:
@@ -142,5 +240,5 @@ def test_empty_list_and_single_criterion(target: Target) -> None:
 
 def test_layers_beyond_one_launch(target: Target) -> None:
     weights = [torch.full((1,), float(i), device=target.device) for i in range(700)]
-    scores = F.filter_scores(weights)["l1"]
-    assert [s.item() for s in scores] == list(range(700))
+    for scores in F.filter_scores(weights, dim=(0, 1)):
+        assert [s.item() for s in scores["l1"]] == list(range(700))

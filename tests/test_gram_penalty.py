@@ -157,6 +157,90 @@ def test_pruned_filters_leave_the_gram_matrix(target: Target, name: str, side: s
     torch.testing.assert_close(weight.grad, want[0])
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_pruned_filters_of_random_layers_are_left_out(target: Target, seed: int) -> None:
+    """Against the layers without those filters; the gradients of the pruned ones stay as they were.
+
+    In a group of n filters of which p are pruned, p rows leave W: groups prune the same number here
+    so that what is left still splits evenly.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = random_layers(seed, target.device, budget=60_000)
+    name, side = NAMES[seed % 3], ("rows", "cols")[seed // 3 % 2]
+    pruned, kept = [], Layers(groups=layers.groups)
+    for weight, bias, groups in zip(layers.weights, layers.biases, layers.groups, strict=True):
+        n = weight.shape[0] // groups
+        mask = torch.zeros(groups, n, dtype=torch.bool)
+        for row in mask:
+            row[torch.randperm(n, generator=generator)[: n * (seed % 7) // 7]] = True
+        mask = mask.flatten().to(target.device)
+        pruned.append(mask if mask.any() or seed % 2 else None)
+        kept.weights.append(weight.detach()[~mask].double().requires_grad_())
+        kept.biases.append(None if bias is None else bias.detach()[~mask].double().requires_grad_())
+    values = F.gram_penalty(penalty=name, side=side, pruned=pruned, **layers.arguments())
+    with ox.backend("reference"):
+        want = F.gram_penalty(penalty=name, side=side, **kept.arguments())
+    assert relative_error(values, want) <= target.tolerance, f"seed {seed}"
+    grads = torch.autograd.grad(values.sum(), layers.parameters())
+    want_grads = torch.autograd.grad(want.sum(), kept.parameters())
+    for parameter in layers.parameters():
+        parameter.grad = torch.full_like(parameter, 3)
+    added = F.add_gram_penalty_grad_(
+        penalty=name, side=side, strength=1, pruned=pruned, **layers.arguments()
+    )
+    assert torch.equal(added, values)
+    masks = [*pruned, *(m for m, b in zip(pruned, layers.biases, strict=True) if b is not None)]
+    for parameter, mask, got, expected in zip(
+        layers.parameters(), masks, grads, want_grads, strict=True
+    ):
+        mask = parameter.new_zeros(len(parameter), dtype=torch.bool) if mask is None else mask
+        assert relative_error(got[~mask], expected) <= target.tolerance, f"seed {seed}"
+        assert not got[mask].any()
+        assert (parameter.grad[mask] == 3).all()
+        torch.testing.assert_close(parameter.grad, 3 + got)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layer_of_pruned_filters_has_the_value_of_none(target: Target, name: str) -> None:
+    weight = torch.randn(5, 3, device=target.device, requires_grad=True)
+    mask = torch.ones(5, dtype=torch.bool, device=target.device)
+    for side, want in (("rows", 0.0), ("cols", 0.0 if name == "offdiag" else 3.0)):
+        value = F.gram_penalty([weight], name, side=side, pruned=[mask])
+        assert value.tolist() == [want]
+        assert not torch.autograd.grad(value.sum(), weight)[0].any()
+
+
+@pytest.mark.parametrize("side", ["rows", "cols"])
+def test_pruned_filters_are_not_read(target: Target, side: str) -> None:
+    weight = torch.randn(40, 50, device=target.device)
+    mask = torch.arange(40, device=target.device) % 3 == 0
+    want = F.gram_penalty([weight[~mask]], side=side)
+    weight[mask] = float("nan")
+    weight.requires_grad_()
+    for backend in (target.name, "reference"):
+        with ox.backend(backend):
+            value = F.gram_penalty([weight], side=side, pruned=[mask])
+            (grad,) = torch.autograd.grad(value.sum(), weight)
+        torch.testing.assert_close(value, want)
+        assert torch.equal(grad.isnan().any(1), torch.zeros_like(mask))
+        assert not grad[mask].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masked_layers_are_written_in_place(
+    target: Target, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_autograd(*_: object, **__: object) -> None:
+        raise AssertionError("a masked layer went through autograd")
+
+    weight = torch.randn(9, 6, device=target.device, requires_grad=True)
+    value = F.gram_penalty([weight], name, pruned=[torch.tensor([2, 3])])
+    (want,) = torch.autograd.grad(value.sum(), weight)
+    monkeypatch.setattr(F, "gram_penalty", no_autograd)
+    F.add_gram_penalty_grad_([weight], name, strength=1, pruned=[torch.tensor([2, 3])])
+    assert torch.equal(weight.grad, want)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_and_exactly_orthonormal_filters_give_finite_gradients(target: Target, name) -> None:
     for weight in (torch.zeros(4, 6), torch.eye(4, 6), torch.eye(6, 4)):

@@ -13,7 +13,7 @@ from torch import Tensor
 import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.penalties import PENALTIES
-from orthoreg_ext.reference import SCORES
+from orthoreg_ext.reference import FISHER_DIAG, REDUCTIONS, SCORES, compute_dtype
 from tests.conftest import Layers, random_layers, relative_error
 
 SCHEDULES = ("up", "down", "7")
@@ -49,6 +49,18 @@ def all_results(layers: Layers) -> list[Tensor]:
     for dim in (0, 1):
         for scores in F.filter_scores(weights, grads, tuple(SCORES), dim=dim).values():
             results += scores
+        for scores in F.filter_scores(weights, criteria=("l1", "l2"), dim=dim).values():
+            results += scores
+    fisher = [torch.ones_like(w, dtype=compute_dtype(w.dtype)) for w in weights]
+    names = (*SCORES, FISHER_DIAG)
+    for scored in F.accumulate_fisher_(weights, grads, fisher, names, dim=(0, 1)):
+        for scores in scored.values():
+            results += scores
+    results += fisher
+    filters = results[-len(fisher) - 1]
+    half = torch.arange(len(filters)) // 2
+    for reduction in REDUCTIONS:
+        results += F.group_scores([filters], [[(0, None), (0, half)]], reduction)
     return results
 
 

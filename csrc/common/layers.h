@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "precision.h"
+
 namespace orthoreg {
 
 using torch::headeronly::ScalarType;
@@ -17,7 +19,8 @@ using torch::stable::Tensor;
 // One weight [groups * n, ...], read as `groups` filter matrices [n, k], or [n, k + 1] with a bias.
 struct Layer {
   const void* weight;
-  const void* bias;  // null without one
+  const void* bias;       // null without one
+  const uint8_t* pruned;  // null, or 1 for each filter that reads as zeros and has no target
   ScalarType dtype;
   int64_t groups, n, k;
   int64_t stride;  // from one filter to the next, in elements
@@ -28,7 +31,14 @@ struct Layer {
   int64_t width() const { return k + (bias != nullptr); }
   int64_t m() const { return columns ? width() : n; }
   int64_t inner() const { return columns ? n : width(); }  // what a Gram entry sums over
+  bool is_pruned(int64_t filter) const { return pruned != nullptr && pruned[filter] != 0; }
 };
+
+inline Precision read_precision(const std::string& name) {
+  Precision precision;
+  STD_TORCH_CHECK(parse_precision(name, &precision), "no precision is named '", name, "'");
+  return precision;
+}
 
 inline bool is_double(const std::vector<Tensor>& weights) {
   return weights[0].scalar_type() == ScalarType::Double;
@@ -81,7 +91,8 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
                                       const std::vector<Tensor>& biases,
                                       const std::vector<int64_t>& groups,
                                       const std::vector<int64_t>& columns = {},
-                                      const std::vector<double>& offsets = {}) {
+                                      const std::vector<double>& offsets = {},
+                                      const std::vector<Tensor>& pruned = {}) {
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0, "an operator needs at least one weight");
   STD_TORCH_CHECK(biases.size() == count && groups.size() == count, "expected ", count,
@@ -90,6 +101,8 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
                   columns.size());
   STD_TORCH_CHECK(offsets.empty() || offsets.size() == count, "expected ", count, " offsets, got ",
                   offsets.size());
+  STD_TORCH_CHECK(pruned.empty() || pruned.size() == count, "expected ", count, " masks, got ",
+                  pruned.size());
   std::vector<Layer> layers;
   layers.reserve(count);
   int64_t slopes = 0;
@@ -111,10 +124,21 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
                       "biases[", i, "] must be a contiguous [", w.size(0),
                       "] of its weight's type");
     }
+    const bool with_mask = !pruned.empty() && pruned[i].numel() > 0;
+    if (with_mask) {
+      const Tensor& mask = pruned[i];
+      STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 1 &&
+                          mask.is_contiguous() && mask.size(0) == w.size(0) &&
+                          mask.is_cpu() == w.is_cpu() &&
+                          mask.get_device_index() == w.get_device_index(),
+                      "pruned[", i, "] must be a contiguous bool [", w.size(0),
+                      "] on the device of its weight");
+    }
     int64_t k = 1;
     for (int64_t d = 1; d < w.dim(); ++d) k *= w.size(d);
     Layer layer{w.const_data_ptr(),
                 with_bias ? b.const_data_ptr() : nullptr,
+                with_mask ? static_cast<const uint8_t*>(pruned[i].const_data_ptr()) : nullptr,
                 w.scalar_type(),
                 groups[i],
                 w.size(0) / groups[i],

@@ -1,62 +1,237 @@
-// The launch plan of the tiled kernels: which block computes which tile. Host data, no tensors,
-// from shapes alone, so it is the same on every machine. _host.build_plan shows it to Python.
+// The launch plan of the tiled kernels: which block computes what. Host data, no tensors, from the
+// shapes alone, so that it (and with it every result) is the same whatever GPU runs it.
+// _host.build_plan shows it to Python.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <vector>
 
 namespace orthoreg {
 
-constexpr int kTile = 64;  // output entries of a block in each dimension
-
 // One launch carries the descriptions of its layers in its parameters: 32 764 bytes from CUDA 12.1
 // on (sm_70 and newer), 4 096 before.
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
-constexpr int kLayersPerLaunch = 36;
+constexpr int kLayersPerLaunch = 26;
 #else
-constexpr int kLayersPerLaunch = 320;
+constexpr int kLayersPerLaunch = 220;
 #endif
+
+constexpr int64_t kSlab = 32;  // inner entries that a block takes at a time; slices are multiples
+
+// What is enough to fill a large GPU: units of work, and inner entries to amortise a unit's start.
+constexpr int64_t kEnoughUnits = 512, kShortestSlice = 256;
+// Tiles of 128 need half the loads of tiles of 64 but leave fewer units: only for enough work.
+constexpr int64_t kWorkOfLargeTiles = 264 * 1024;  // tiles times inner entries
+// One block may form a Gram matrix and its share of the gradient while that costs no more than this
+// many multiply-adds over all blocks (each block of a layer forms the matrix anew).
+constexpr int64_t kFusedWork = int64_t(1) << 30;
+constexpr int64_t kFusedRows = 64;
 
 struct Shape {
   int64_t groups, n, width;  // filters of a group, entries of a filter with its bias
   bool columns;
 
   int64_t m() const { return columns ? width : n; }
+  int64_t inner() const { return columns ? n : width; }
 };
 
-inline int64_t tiles(int64_t size) { return (size + kTile - 1) / kTile; }
+inline int64_t divide_up(int64_t size, int64_t by) { return (size + by - 1) / by; }
 
-// Lower-triangular tiles of the layer's Gram matrices.
-inline int64_t gram_units(const Shape& s) {
-  const int64_t t = tiles(s.m());
-  return s.groups * t * (t + 1) / 2;
+// The blocks' work on one layer of a launch: `units` units from first_unit on. Of a Gram matrix,
+// tile after tile of the lower triangle of each group, each in `slices` runs of slice_length inner
+// entries; of a gradient, tile after tile.
+struct Item {
+  int layer;
+  int64_t units, first_unit;
+  int64_t slices = 1, slice_length = 0;
+  int64_t first_part = 0;  // Gram: where its tiles' parts of the penalty start, one a tile
+  int64_t first_slab = 0;  // Gram with slices > 1: where its units' sums start
+};
+
+struct Launch {
+  int tile;
+  std::vector<Item> items;  // the dearest units first
+  int64_t units = 0;
+};
+
+struct Plan {
+  bool fused = false;  // `gradient` does everything, its units being a layer's shares
+  std::vector<Launch> gram, gradient;
+  int64_t parts = 0;  // of the penalty, and those of layer l are [first_part[l], first_part[l + 1])
+  std::vector<int64_t> first_part;
+  int64_t slab_entries = 0;  // of the workspace for the sums of split tiles
+};
+
+// The sums of one slice of a tile: the tile, and up to 64 (or a row's) exact sums in double.
+constexpr int64_t slab_entries(int64_t tile) { return tile * tile + 2 * (tile > 64 ? tile : 64); }
+
+inline int64_t lower_tiles(const Shape& s, int64_t tile) {
+  const int64_t across = divide_up(s.m(), tile);
+  return s.groups * across * (across + 1) / 2;
+}
+inline int64_t gradient_tiles(const Shape& s, int64_t tile) {
+  return s.groups * divide_up(s.n, tile) * divide_up(s.width, tile);
 }
 
-// Tiles of the layer's gradient.
-inline int64_t grad_units(const Shape& s) { return s.groups * tiles(s.n) * tiles(s.width); }
+namespace plan {
 
-// One launch: layers [first, last) and where each layer's blocks start.
-struct Launch {
-  int first, last;
-  std::vector<int64_t> first_unit;  // one more than layers; the last entry is the number of blocks
+// Appends the layers of one tile size as launches, dearest unit first.
+template <class MakeItem, class Cost>
+void add_launches(std::vector<Launch>& out, int tile, std::vector<int> layers,
+                  const MakeItem& make_item, const Cost& cost) {
+  constexpr int64_t kMostUnits = 0x7fffffff;
+  std::stable_sort(layers.begin(), layers.end(), [&](int a, int b) { return cost(a) > cost(b); });
+  const size_t first = out.size();
+  for (const int layer : layers) {
+    Item item = make_item(layer);
+    if (item.units > kMostUnits) throw std::length_error("a layer needs more than 2^31 tiles");
+    if (item.units == 0) continue;
+    if (out.size() == first || out.back().items.size() == kLayersPerLaunch ||
+        out.back().units + item.units > kMostUnits) {
+      out.push_back({tile, {}, 0});
+    }
+    item.first_unit = out.back().units;
+    out.back().units += item.units;
+    out.back().items.push_back(item);
+  }
+}
+
+// The layers by tile size: 128, 64, 32.
+struct ByTile {
+  std::vector<int> layers[3];
+  static constexpr int kTiles[3] = {128, 64, 32};
 };
 
-template <class Units>
-std::vector<Launch> plan_launches(const std::vector<Shape>& shapes, const Units& units) {
-  constexpr int64_t kMaxBlocks = 0x7fffffff;
-  std::vector<Launch> launches;
-  for (int i = 0; i < static_cast<int>(shapes.size()); ++i) {
-    const int64_t blocks = units(shapes[i]);
-    if (blocks > kMaxBlocks) throw std::length_error("a layer needs more than 2^31 tiles");
-    if (launches.empty() || i - launches.back().first == kLayersPerLaunch ||
-        launches.back().first_unit.back() + blocks > kMaxBlocks) {
-      launches.push_back({i, i, {0}});
-    }
-    launches.back().last = i + 1;
-    launches.back().first_unit.push_back(launches.back().first_unit.back() + blocks);
+// tile: of all layers, or 0: each by its smaller side, 128 from `large` on where that is enough
+// work.
+template <class Side, class Work>
+ByTile sort_by_tile(const std::vector<Shape>& shapes, int tile, int64_t large, const Side& side,
+                    const Work& work) {
+  int64_t total = 0;
+  for (const Shape& s : shapes) total += side(s) >= large ? work(s) : 0;
+  ByTile out;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const int64_t mine = side(shapes[i]);
+    const int wanted = tile != 0                                     ? tile
+                       : mine <= 32                                  ? 32
+                       : mine >= large && total >= kWorkOfLargeTiles ? 128
+                                                                     : 64;
+    out.layers[wanted == 128 ? 0 : wanted == 64 ? 1 : 2].push_back(static_cast<int>(i));
   }
-  return launches;
+  return out;
+}
+
+}  // namespace plan
+
+// tile_of_all: 32, 64 or 128 for all layers, 0 for the best one of each.
+inline void plan_gram(const std::vector<Shape>& shapes, int tile_of_all, Plan& out) {
+  const plan::ByTile sorted = plan::sort_by_tile(
+      shapes, tile_of_all, /*large=*/257, [](const Shape& s) { return s.m(); },
+      [](const Shape& s) { return lower_tiles(s, 128) * s.inner(); });
+  std::vector<int64_t> parts(shapes.size());
+  for (int which = 0; which < 3; ++which) {
+    const int tile = plan::ByTile::kTiles[which];
+    int64_t total = 0;
+    for (const int i : sorted.layers[which]) {
+      parts[i] = lower_tiles(shapes[i], tile);
+      total += parts[i] * shapes[i].inner();
+    }
+    const int64_t longest = std::max(total / kEnoughUnits, kShortestSlice);
+    const size_t first = out.gram.size();
+    plan::add_launches(
+        out.gram, tile, sorted.layers[which],
+        [&](int i) {
+          const int64_t inner = shapes[i].inner();
+          Item item{i, 0, 0};
+          item.slice_length =
+              divide_up(divide_up(inner, std::max<int64_t>(divide_up(inner, longest), 1)), kSlab) *
+              kSlab;
+          item.slices = inner == 0 ? 1 : divide_up(inner, item.slice_length);
+          item.units = parts[i] * item.slices;
+          return item;
+        },
+        [&](int i) { return std::min(shapes[i].inner(), longest); });
+    for (size_t l = first; l < out.gram.size(); ++l) {
+      int64_t slabs = 0;
+      for (Item& item : out.gram[l].items) {
+        if (item.slices == 1) continue;
+        item.first_slab = slabs;
+        slabs += item.units;
+      }
+      out.slab_entries = std::max(out.slab_entries, slabs * slab_entries(tile));
+    }
+  }
+  out.first_part.assign(1, 0);
+  for (const int64_t count : parts) out.first_part.push_back(out.first_part.back() + count);
+  out.parts = out.first_part.back();
+  for (Launch& launch : out.gram) {
+    for (Item& item : launch.items) item.first_part = out.first_part[item.layer];
+  }
+}
+
+inline void plan_gradient(const std::vector<Shape>& shapes, int tile_of_all, Plan& out) {
+  const plan::ByTile sorted = plan::sort_by_tile(
+      shapes, tile_of_all, /*large=*/128, [](const Shape& s) { return std::min(s.n, s.width); },
+      [](const Shape& s) { return gradient_tiles(s, 128) * s.m(); });
+  for (int which = 0; which < 3; ++which) {
+    const int tile = plan::ByTile::kTiles[which];
+    plan::add_launches(
+        out.gradient, tile, sorted.layers[which],
+        [&](int i) { return Item{i, gradient_tiles(shapes[i], tile), 0}; },
+        [&](int i) { return shapes[i].m(); });
+  }
+}
+
+// Where all layers are small: one launch in which each block forms a whole Gram matrix and then its
+// share of the layer's gradient. False where that does not pay.
+inline bool plan_fused(const std::vector<Shape>& shapes, int tile_of_all, Plan& out) {
+  int64_t rows = 0, work = 0;
+  for (const Shape& s : shapes) {
+    if (s.groups != 1) return false;
+    rows = std::max(rows, s.m());
+  }
+  const int tile = tile_of_all != 0 ? tile_of_all : rows > 32 ? 64 : 32;
+  if (rows > kFusedRows || rows > tile || tile > 64) return false;
+  const int64_t each = std::max<int64_t>(kEnoughUnits / std::max<int64_t>(shapes.size(), 1), 1);
+  const auto shares = [&](int i) {
+    return std::clamp<int64_t>(gradient_tiles(shapes[i], tile), 1, each);
+  };
+  std::vector<int> layers;
+  for (int i = 0; i < static_cast<int>(shapes.size()); ++i) {
+    layers.push_back(i);
+    work += shares(i) * tile * tile * shapes[i].inner();
+  }
+  if (work > kFusedWork) return false;
+  plan::add_launches(
+      out.gradient, tile, layers,
+      [&](int i) { return Item{i, shares(i), 0, 1, shapes[i].inner()}; },
+      [&](int i) {
+        return shapes[i].inner() + gradient_tiles(shapes[i], tile) * tile / shares(i);
+      });
+  out.first_part.assign(1, 0);
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    out.first_part.push_back(out.first_part.back() + 1);
+  }
+  return out.fused = true;
+}
+
+// Runs of layers whose Gram matrices fit into `most` bytes together (one layer alone may exceed
+// it), as first layers and the number of layers at the end.
+inline std::vector<int> waves(const std::vector<Shape>& shapes, int64_t element, int64_t most) {
+  std::vector<int> out{0};
+  int64_t bytes = 0;
+  for (int i = 0; i < static_cast<int>(shapes.size()); ++i) {
+    const int64_t mine = shapes[i].groups * shapes[i].m() * shapes[i].m() * element;
+    if (bytes > 0 && bytes + mine > most) {
+      out.push_back(i);
+      bytes = 0;
+    }
+    bytes += mine;
+  }
+  out.push_back(static_cast<int>(shapes.size()));
+  return out;
 }
 
 }  // namespace orthoreg

@@ -2,20 +2,21 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 namespace orthoreg::cpu {
 namespace {
 
 template <class T>
 void run(const std::vector<Layer>& layers, Tensor& out) {
-  double work;
-  const std::vector<Unit> units = gram_panels(layers, &work);
-  for_each_gram_panel<T>(layers, read_matrices<T>(layers), units, work,
+  for_each_gram_panel<T>(layers, read_matrices<T>(layers), gram_panels(layers),
                          static_cast<T*>(out.mutable_data_ptr()),
                          [](int64_t, T*, int64_t, int64_t, int64_t, const double*) {});
 }
 
 Tensor gram(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<int64_t> groups,
-            std::vector<int64_t> columns) {
+            std::vector<int64_t> columns, std::string precision) {
+  read_precision(precision);  // refused here as it is on a GPU
   const std::vector<Layer> layers = read_layers(weights, biases, groups, columns);
   Tensor out = torch::stable::new_empty(weights[0], {slopes_size(layers)}, compute_type(weights));
   is_double(weights) ? run<double>(layers, out) : run<float>(layers, out);

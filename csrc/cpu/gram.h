@@ -14,13 +14,13 @@ namespace orthoreg::cpu {
 // that the panel is mirrored into the upper triangle.
 template <class T, class Finish>
 void for_each_gram_panel(const std::vector<Layer>& layers, const std::vector<Matrix<T>>& matrices,
-                         const std::vector<Unit>& units, double work, T* out,
-                         const Finish& finish) {
+                         const Units& units, T* out, const Finish& finish) {
   const Kernels<T>& kernel = kernels<T>();
   for_each_unit(
-      static_cast<int64_t>(units.size()), work, [] { return std::vector<T>(kDepth * kPanel); },
+      static_cast<int64_t>(units.list.size()), units.work,
+      [] { return std::vector<T>(kDepth * kPanel); },
       [&](int64_t u, std::vector<T>& packed) {
-        const Unit& unit = units[u];
+        const Unit& unit = units.list[u];
         const Layer& layer = layers[unit.layer];
         const Matrix<T>& matrix = matrices[unit.layer];
         const int64_t m = layer.m(), column = unit.column;
@@ -53,14 +53,13 @@ void for_each_gram_panel(const std::vector<Layer>& layers, const std::vector<Mat
       });
 }
 
-inline std::vector<Unit> gram_panels(const std::vector<Layer>& layers, double* work) {
+inline Units gram_panels(const std::vector<Layer>& layers) {
   return make_units(
       layers, [](const Layer& layer) { return layer.m(); },
       [](const Layer& layer, int64_t column) {
         const int64_t rows = layer.m() - column;
         return static_cast<double>(rows) * std::min(kPanel, rows) * layer.inner();
-      },
-      work);
+      });
 }
 
 }  // namespace orthoreg::cpu

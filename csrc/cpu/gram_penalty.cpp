@@ -1,18 +1,21 @@
-// gram_penalty, gram_penalty_grad and add_gram_penalty_grad_ on the CPU.
+// gram_penalty, gram_penalty_grad, add_gram_penalty_grad_ and its prepared form on the CPU.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "../common/entrywise.h"
+#include "../common/prepared.h"
 #include "gram.h"
 
 namespace orthoreg::cpu {
 namespace {
 
 // In: a panel of G below the diagonal. Out: the same panel of S = phi'(R). Returns its part of
-// sum phi(R), the entries off the diagonal counted twice.
+// sum phi(R), the entries off the diagonal counted twice. `pruned`, if not null, belongs to the
+// panel's first row: filters with target 0.
 template <class Penalty, class T>
-double apply(T* g, int64_t rows, int64_t columns, int64_t ld, const double* diagonal) {
+double apply(T* g, int64_t rows, int64_t columns, int64_t ld, const double* diagonal,
+             const uint8_t* pruned) {
   double once = 0, twice = 0;
   for (int64_t i = 0; i < rows; ++i) {
     T* row = g + i * ld;
@@ -21,7 +24,8 @@ double apply(T* g, int64_t rows, int64_t columns, int64_t ld, const double* diag
       row[j] = Penalty::slope(row[j]);
     }
     if (i < columns) {
-      const T r = Penalty::kIdentity ? static_cast<T>(diagonal[i] - 1) : T(0);
+      const double target = pruned != nullptr && pruned[i] ? 0 : 1;
+      const T r = Penalty::kIdentity ? static_cast<T>(diagonal[i] - target) : T(0);
       once += Penalty::value(r);
       row[i] = Penalty::slope(r);
     }
@@ -31,41 +35,47 @@ double apply(T* g, int64_t rows, int64_t columns, int64_t ld, const double* diag
 
 template <class T>
 void values_and_slopes(const std::vector<Layer>& layers, const std::vector<Matrix<T>>& matrices,
-                       const std::string& penalty, T* values, T* slopes) {
-  double work;
-  const std::vector<Unit> units = gram_panels(layers, &work);
-  std::vector<double> parts(units.size());
+                       const Units& units, const std::string& penalty, T* values, T* slopes) {
+  std::vector<double> parts(units.list.size());
   const bool known = visit_penalty(penalty, [&](auto functor) {
     for_each_gram_panel<T>(
-        layers, matrices, units, work, slopes,
+        layers, matrices, units, slopes,
         [&](int64_t u, T* g, int64_t rows, int64_t columns, int64_t ld, const double* diagonal) {
-          parts[u] = apply<decltype(functor)>(g, rows, columns, ld, diagonal);
+          const Unit& unit = units.list[u];
+          const Layer& layer = layers[unit.layer];
+          const uint8_t* pruned = nullptr;
+          if (layer.pruned != nullptr && !layer.columns) {
+            pruned = layer.pruned + unit.group * layer.n + unit.column;
+          }
+          parts[u] = apply<decltype(functor)>(g, rows, columns, ld, diagonal, pruned);
         });
   });
   STD_TORCH_CHECK(known, "no compiled penalty is named '", penalty, "'");
   std::vector<double> sums(layers.size());
-  for (size_t u = 0; u < units.size(); ++u) sums[units[u].layer] += parts[u];
+  for (size_t u = 0; u < parts.size(); ++u) sums[units.list[u].layer] += parts[u];
   for (size_t l = 0; l < layers.size(); ++l) values[l] = static_cast<T>(sums[l] + layers[l].offset);
 }
 
-// Writes 2 c_l S W (rows) or 2 c_l W S (columns) to the gradients, or adds it to them.
-template <class T>
-void gradients(const std::vector<Layer>& layers, const std::vector<Matrix<T>>& matrices,
-               const T* slopes, const T* coefficients, const std::vector<Gradient>& grads,
-               bool accumulate) {
-  double work;
-  const std::vector<Unit> units = make_units(
+Units gradient_panels(const std::vector<Layer>& layers) {
+  return make_units(
       layers, [](const Layer& layer) { return layer.width(); },
       [](const Layer& layer, int64_t column) {
         return static_cast<double>(layer.n) * std::min(kPanel, layer.width() - column) * layer.m();
-      },
-      &work);
+      });
+}
+
+// Writes 2 c_l S W (rows) or 2 c_l W S (columns) to the gradients, or adds it to them; pruned
+// filters get 0.
+template <class T>
+void gradients(const std::vector<Layer>& layers, const std::vector<Matrix<T>>& matrices,
+               const Units& units, const T* slopes, const T* coefficients,
+               const std::vector<Gradient>& grads, bool accumulate) {
   const Kernels<T>& kernel = kernels<T>();
   for_each_unit(
-      static_cast<int64_t>(units.size()), work,
+      static_cast<int64_t>(units.list.size()), units.work,
       [] { return std::pair(std::vector<T>(kDepth * kPanel), std::vector<T>()); },
       [&](int64_t u, auto& scratch) {
-        const Unit& unit = units[u];
+        const Unit& unit = units.list[u];
         const Layer& layer = layers[unit.layer];
         const Matrix<T>& matrix = matrices[unit.layer];
         const int64_t m = layer.m(), j0 = unit.column;
@@ -83,8 +93,10 @@ void gradients(const std::vector<Layer>& layers, const std::vector<Matrix<T>>& m
           using E = decltype(element);
           for (int64_t i = 0; i < layer.n; ++i) {
             const int64_t filter = unit.group * layer.n + i;
+            T* from = panel.data() + i * kPanel;
+            if (layer.is_pruned(filter))
+              std::fill(from, from + columns, T(0));  // also where NaN is
             E* row = static_cast<E*>(grad.weight) + filter * grad.stride + j0;
-            const T* from = panel.data() + i * kPanel;
             const int64_t entries = std::min(columns, layer.k - j0);
             for (int64_t j = 0; j < entries; ++j) {
               row[j] =
@@ -106,27 +118,31 @@ T* data(const Tensor& tensor) {
 }
 
 std::tuple<Tensor, Tensor> gram_penalty(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                        std::vector<int64_t> groups, std::vector<int64_t> columns,
-                                        std::vector<double> offsets, std::string penalty) {
-  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets);
+                                        std::vector<Tensor> pruned, std::vector<int64_t> groups,
+                                        std::vector<int64_t> columns, std::vector<double> offsets,
+                                        std::string penalty, std::string precision) {
+  read_precision(precision);
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets, pruned);
   const ScalarType type = compute_type(weights);
   const int64_t count = static_cast<int64_t>(layers.size());
   Tensor values = torch::stable::new_empty(weights[0], {count}, type);
   Tensor slopes = torch::stable::new_empty(weights[0], {slopes_size(layers)}, type);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    values_and_slopes<T>(layers, read_matrices<T>(layers), penalty, data<T>(values),
-                         data<T>(slopes));
+    values_and_slopes<T>(layers, read_matrices<T>(layers), gram_panels(layers), penalty,
+                         data<T>(values), data<T>(slopes));
   };
   is_double(weights) ? run(double{}) : run(float{});
   return {values, slopes};
 }
 
 std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                      Tensor slopes, Tensor coefficients,
-                                      std::vector<int64_t> groups, std::vector<int64_t> columns,
-                                      std::string) {
-  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns);
+                                      std::vector<Tensor> pruned, Tensor slopes,
+                                      Tensor coefficients, std::vector<int64_t> groups,
+                                      std::vector<int64_t> columns, std::string,
+                                      std::string precision) {
+  read_precision(precision);
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, {}, pruned);
   check_coefficients(coefficients, weights);
   check_slopes(slopes, weights, layers);
   std::vector<Tensor> grads, bias_grads;
@@ -135,34 +151,67 @@ std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<T
   const std::vector<Gradient> targets = read_gradients(weights, biases, grads, bias_grads);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    gradients<T>(layers, read_matrices<T>(layers), data<T>(slopes), data<T>(coefficients), targets,
-                 /*accumulate=*/false);
+    gradients<T>(layers, read_matrices<T>(layers), gradient_panels(layers), data<T>(slopes),
+                 data<T>(coefficients), targets, /*accumulate=*/false);
   };
   is_double(weights) ? run(double{}) : run(float{});
   grads.insert(grads.end(), bias_grads.begin(), bias_grads.end());
   return grads;
 }
 
-Tensor add_gram_penalty_grad_(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                              std::vector<Tensor> grads, std::vector<Tensor> bias_grads,
-                              Tensor coefficients, std::vector<int64_t> groups,
-                              std::vector<int64_t> columns, std::vector<double> offsets,
-                              std::string penalty) {
-  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets);
-  check_coefficients(coefficients, weights);
-  const std::vector<Gradient> targets = read_gradients(weights, biases, grads, bias_grads);
+Tensor add_penalty(const std::vector<Layer>& layers, const Units& gram, const Units& gradient,
+                   const std::string& penalty, const std::vector<Gradient>& targets,
+                   const Tensor& coefficients) {
   const int64_t count = static_cast<int64_t>(layers.size());
-  Tensor values = torch::stable::new_empty(weights[0], {count}, compute_type(weights));
+  Tensor values = torch::stable::new_empty(coefficients, {count});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const std::vector<Matrix<T>> matrices = read_matrices<T>(layers);
     std::vector<T> slopes(slopes_size(layers));
-    values_and_slopes<T>(layers, matrices, penalty, data<T>(values), slopes.data());
-    gradients<T>(layers, matrices, slopes.data(), data<T>(coefficients), targets,
+    values_and_slopes<T>(layers, matrices, gram, penalty, data<T>(values), slopes.data());
+    gradients<T>(layers, matrices, gradient, slopes.data(), data<T>(coefficients), targets,
                  /*accumulate=*/true);
   };
-  is_double(weights) ? run(double{}) : run(float{});
+  coefficients.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return values;
+}
+
+Tensor add_gram_penalty_grad_(std::vector<Tensor> weights, std::vector<Tensor> biases,
+                              std::vector<Tensor> pruned, std::vector<Tensor> grads,
+                              std::vector<Tensor> bias_grads, Tensor coefficients,
+                              std::vector<int64_t> groups, std::vector<int64_t> columns,
+                              std::vector<double> offsets, std::string penalty,
+                              std::string precision) {
+  read_precision(precision);
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets, pruned);
+  check_coefficients(coefficients, weights);
+  const std::vector<Gradient> targets = read_gradients(weights, biases, grads, bias_grads);
+  return add_penalty(layers, gram_panels(layers), gradient_panels(layers), penalty, targets,
+                     coefficients);
+}
+
+class PreparedOnCpu : public Prepared {
+ public:
+  explicit PreparedOnCpu(Arguments given)
+      : Prepared(std::move(given)),
+        gram_(gram_panels(layers())),
+        gradient_(gradient_panels(layers())) {}
+
+ protected:
+  Tensor add_to(const std::vector<Gradient>& gradients, const Tensor& coefficients) override {
+    return add_penalty(layers(), gram_, gradient_, arguments().penalty, gradients, coefficients);
+  }
+
+ private:
+  const Units gram_, gradient_;
+};
+
+int64_t prepare_gram_penalty(std::vector<Tensor> weights, std::vector<Tensor> biases,
+                             std::vector<Tensor> pruned, std::vector<int64_t> groups,
+                             std::vector<int64_t> columns, std::vector<double> offsets,
+                             std::string penalty, std::string precision) {
+  return keep_prepared(std::make_unique<PreparedOnCpu>(
+      Prepared::Arguments{weights, biases, pruned, groups, columns, offsets, penalty, precision}));
 }
 
 }  // namespace
@@ -172,4 +221,5 @@ STABLE_TORCH_LIBRARY_IMPL(orthoreg, CPU, m) {
   m.impl("gram_penalty", TORCH_BOX(&orthoreg::cpu::gram_penalty));
   m.impl("gram_penalty_grad", TORCH_BOX(&orthoreg::cpu::gram_penalty_grad));
   m.impl("add_gram_penalty_grad_", TORCH_BOX(&orthoreg::cpu::add_gram_penalty_grad_));
+  m.impl("prepare_gram_penalty", TORCH_BOX(&orthoreg::cpu::prepare_gram_penalty));
 }

@@ -1,5 +1,5 @@
-// Layers as matrices of the computing precision: in place where they are that already, else
-// converted.
+// Layers as matrices of the computing precision: in place where they are that already, else a copy
+// that is converted, has the bias appended and the pruned filters zeroed.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -45,18 +45,19 @@ std::vector<Matrix<T>> read_matrices(const std::vector<Layer>& layers) {
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
     Matrix<T>& matrix = out[l];
-    if (layer.dtype == kScalarType<T> && layer.bias == nullptr) {
+    if (layer.dtype == kScalarType<T> && layer.bias == nullptr && layer.pruned == nullptr) {
       matrix.data = static_cast<const T*>(layer.weight);
       matrix.stride = layer.stride;
       continue;
     }
     const int64_t filters = layer.groups * layer.n, width = layer.width();
-    matrix.copy.resize(filters * width);
+    matrix.copy.resize(filters * width);  // zeros
     visit_type(layer.dtype, [&](auto element) {
       using E = decltype(element);
       const E* weight = static_cast<const E*>(layer.weight);
       const E* bias = static_cast<const E*>(layer.bias);
       for (int64_t i = 0; i < filters; ++i) {
+        if (layer.is_pruned(i)) continue;
         T* row = matrix.copy.data() + i * width;
         for (int64_t j = 0; j < layer.k; ++j) row[j] = static_cast<T>(weight[i * layer.stride + j]);
         if (bias != nullptr) row[layer.k] = static_cast<T>(bias[i]);
@@ -75,21 +76,24 @@ struct Unit {
   double work;  // multiply-adds
 };
 
-// The panels of every layer, the dearest first, and the work of all.
+struct Units {
+  std::vector<Unit> list;  // the dearest first
+  double work = 0;
+};
+
+// The panels of every layer.
 template <class Columns, class Work>
-std::vector<Unit> make_units(const std::vector<Layer>& layers, const Columns& columns,
-                             const Work& work, double* total) {
-  std::vector<Unit> units;
-  *total = 0;
+Units make_units(const std::vector<Layer>& layers, const Columns& columns, const Work& work) {
+  Units units;
   for (size_t l = 0; l < layers.size(); ++l) {
     for (int64_t group = 0; group < layers[l].groups; ++group) {
       for (int64_t column = 0; column < columns(layers[l]); column += kPanel) {
-        units.push_back({static_cast<int>(l), group, column, work(layers[l], column)});
-        *total += units.back().work;
+        units.list.push_back({static_cast<int>(l), group, column, work(layers[l], column)});
+        units.work += units.list.back().work;
       }
     }
   }
-  std::stable_sort(units.begin(), units.end(),
+  std::stable_sort(units.list.begin(), units.list.end(),
                    [](const Unit& a, const Unit& b) { return a.work > b.work; });
   return units;
 }

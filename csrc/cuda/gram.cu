@@ -1,30 +1,103 @@
+// gram, and the Gram matrices of the penalties: a launch for each tile size, two where tiles are
+// sliced, and one that adds up the penalties.
 #include "gram.cuh"
-#include "launch.h"
+#include "gram.h"
+#include "visit_tile.cuh"
 
 namespace orthoreg::cuda {
 namespace {
 
-Tensor gram(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<int64_t> groups,
-            std::vector<int64_t> columns) {
-  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns);
-  const DeviceScope scope(weights[0]);
-  Tensor out = torch::stable::new_empty(weights[0], {slopes_size(layers)}, compute_type(weights));
-  const cudaStream_t stream = current_stream(weights[0]);
-  for_each_launch(layers, {}, gram_units, [&](const Problems& problems, int) {
-    if (problems.units == 0) return;
-    if (is_double(weights)) {
-      gram_kernel<double, Plain>
-          <<<problems.units, kThreads, 0, stream>>>(problems, data<double>(out), nullptr);
-    } else {
-      gram_kernel<float, Plain>
-          <<<problems.units, kThreads, 0, stream>>>(problems, data<float>(out), nullptr);
+template <class Tile>
+void launch(const std::vector<Layer>& layers, const Wave& wave, const Launch& launch, int penalty,
+            const Tensor& out, double* parts, const Tensor& slabs, cudaStream_t stream) {
+  using Number = typename Tile::Number;
+  const auto problems = make_problems(layers, wave, launch, {}, penalty);
+  launch_persistent(gram_kernel<Tile>, launch.units, Tile::kThreads, kGramSharedBytes<Tile>, stream,
+                    *problems, data<Number>(out), parts, data<Number>(slabs));
+}
+
+template <class Tile>
+void finish(const std::vector<Layer>& layers, const Wave& wave, Launch launch, int penalty,
+            const Tensor& out, double* parts, const Tensor& slabs, cudaStream_t stream) {
+  using Number = typename Tile::Number;
+  Launch sliced{launch.tile, {}, 0};  // a unit is a tile
+  for (Item item : launch.items) {
+    if (item.slices == 1) continue;
+    item.units /= item.slices;
+    item.first_unit = sliced.units;
+    sliced.units += item.units;
+    sliced.items.push_back(item);
+  }
+  if (sliced.units == 0) return;
+  const auto problems = make_problems(layers, wave, sliced, {}, penalty);
+  launch_all(finish_tiles_kernel<Tile>, sliced.units, Tile::kThreads, kTileBytes<Tile>, stream,
+             *problems, data<Number>(out), parts, data<Number>(slabs));
+}
+
+template <class T>
+void add_parts(const std::vector<Layer>& layers, const Wave& wave, const double* parts, T* values,
+               cudaStream_t stream) {
+  auto totals = std::make_unique<Totals>();
+  for (int first = 0; first < wave.count(); first += Totals::kMost) {
+    const int last = std::min(first + Totals::kMost, wave.count());
+    for (int i = first; i < last; ++i) {
+      totals->layer[i - first] = {layers[wave.first + i].offset,
+                                  static_cast<int32_t>(wave.plan.first_part[i]),
+                                  static_cast<int32_t>(wave.plan.first_part[i + 1])};
     }
+    finish_penalty_kernel<T><<<last - first, 128, 0, stream>>>(*totals, parts, values + first);
     ORTHOREG_CUDA_CHECK(cudaGetLastError());
-  });
+  }
+}
+
+Tensor gram(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<int64_t> groups,
+            std::vector<int64_t> columns, std::string precision) {
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns);
+  const Product wanted = read_precision(precision).gram;
+  const DeviceScope scope(weights[0]);
+  const Product product = is_double(weights) ? Product::kSimt : usable(wanted);
+  Tensor out = torch::stable::new_empty(weights[0], {slopes_size(layers)}, compute_type(weights));
+  Wave wave = whole_wave(layers);
+  plan_gram(shapes(layers), tile_of_all(product), wave.plan);
+  form_grams(layers, wave, product, /*penalty=*/-1, out, nullptr, current_stream(weights[0]));
   return out;
 }
 
 }  // namespace
+
+void form_grams(const std::vector<Layer>& layers, const Wave& wave, Product product, int penalty,
+                const Tensor& out, void* values, cudaStream_t stream) {
+  const bool in_double = out.scalar_type() == ScalarType::Double;
+  const Tensor parts =
+      torch::stable::new_empty(out, {penalty < 0 ? 0 : wave.plan.parts}, ScalarType::Double);
+  const Tensor slabs = torch::stable::new_empty(out, {wave.plan.slab_entries});
+  for (const Launch& one : wave.plan.gram) {
+    if (in_double) {
+      launch<SimtTile<double>>(layers, wave, one, penalty, out, data<double>(parts), slabs, stream);
+      finish<SimtTile<double>>(layers, wave, one, penalty, out, data<double>(parts), slabs, stream);
+      continue;
+    }
+    visit_tile(one.tile, product, [&](auto tile) {
+      launch<decltype(tile)>(layers, wave, one, penalty, out, data<double>(parts), slabs, stream);
+    });
+    // the slices are sums already: which product they come from makes no difference
+    const auto finish_sliced = [&](auto tile) {
+      finish<decltype(tile)>(layers, wave, one, penalty, out, data<double>(parts), slabs, stream);
+    };
+    if (product == Product::kSimt) {
+      finish_sliced(SimtTile<float>{});
+    } else {
+      visit_tensor_tile<Product::kTf32>(one.tile, finish_sliced);
+    }
+  }
+  if (values == nullptr) return;
+  if (in_double) {
+    add_parts(layers, wave, data<double>(parts), static_cast<double*>(values), stream);
+  } else {
+    add_parts(layers, wave, data<double>(parts), static_cast<float*>(values), stream);
+  }
+}
+
 }  // namespace orthoreg::cuda
 
 ORTHOREG_LIBRARY_IMPL(ORTHOREG_NAMESPACE, ORTHOREG_CUDA_KEY, m) {

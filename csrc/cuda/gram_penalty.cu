@@ -1,94 +1,235 @@
-// gram_penalty (2 launches), gram_penalty_grad (1) and add_gram_penalty_grad_ (3) for all layers.
+// gram_penalty, gram_penalty_grad and add_gram_penalty_grad_ for all layers.
+#include <cstdlib>
 #include <tuple>
 
-#include "gram.cuh"
+#include "../common/prepared.h"
+#include "gram.h"
 #include "gram_penalty.cuh"
-#include "launch.h"
+#include "visit_tile.cuh"
 
 namespace orthoreg::cuda {
 namespace {
 
-template <class T>
-void values_and_slopes(const std::vector<Layer>& layers, const std::string& penalty, Tensor& values,
-                       Tensor& slopes, cudaStream_t stream) {
-  const bool known = visit_penalty(penalty, [&](auto functor) {
-    for_each_launch(layers, {}, gram_units, [&](const Problems& problems, int first) {
-      Tensor parts = torch::stable::new_empty(values, {problems.units}, ScalarType::Double);
-      if (problems.units > 0) {
-        gram_kernel<T, decltype(functor)><<<problems.units, kThreads, 0, stream>>>(
-            problems, data<T>(slopes), data<double>(parts));
-        ORTHOREG_CUDA_CHECK(cudaGetLastError());
-      }
-      finish_penalty_kernel<T><<<problems.count, kThreads, 0, stream>>>(
-          problems, data<double>(parts), data<T>(values) + first);
-      ORTHOREG_CUDA_CHECK(cudaGetLastError());
-    });
-  });
-  STD_TORCH_CHECK(known, "no compiled penalty is named '", penalty, "'");
+// The Gram matrices of a call lie in a workspace of at most so many bytes; larger sets of layers
+// are worked on in waves. ORTHOREG_EXT_WORKSPACE_MB changes it.
+constexpr int64_t kWorkspace = int64_t(256) << 20;
+
+int64_t workspace_bytes() {
+  const char* text = std::getenv("ORTHOREG_EXT_WORKSPACE_MB");
+  if (text == nullptr || *text == '\0') return kWorkspace;
+  char* end = nullptr;
+  const double megabytes = std::strtod(text, &end);
+  STD_TORCH_CHECK(*end == '\0' && megabytes > 0, "ORTHOREG_EXT_WORKSPACE_MB is '", text,
+                  "', expected a positive number of megabytes");
+  return static_cast<int64_t>(megabytes * (1 << 20));
 }
 
-template <class T, bool kAccumulate>
-void gradients(const std::vector<Layer>& layers, const std::vector<Gradient>& grads,
-               const Tensor& slopes, const Tensor& coefficients, cudaStream_t stream) {
-  for_each_launch(layers, grads, grad_units, [&](const Problems& problems, int first) {
-    if (problems.units == 0) return;
-    gram_penalty_grad_kernel<T, kAccumulate><<<problems.units, kThreads, 0, stream>>>(
-        problems, data<T>(slopes), data<T>(coefficients) + first);
-    ORTHOREG_CUDA_CHECK(cudaGetLastError());
-  });
+int read_penalty(const std::string& name) {
+  const int id = Penalties::id(name);
+  STD_TORCH_CHECK(id >= 0, "no compiled penalty is named '", name, "'");
+  return id;
+}
+
+template <class Tile>
+void launch_gradient(const Problems& problems, const Tensor& slopes, const void* coefficients,
+                     bool accumulate, cudaStream_t stream) {
+  using Number = typename Tile::Number;
+  launch_persistent(gram_penalty_grad_kernel<Tile>, problems.units, Tile::kThreads,
+                    kGradSharedBytes<Tile>, stream, problems, data<Number>(slopes),
+                    static_cast<const Number*>(coefficients), accumulate);
+}
+
+// coefficients: those of the wave's layers, on the device.
+void gradients(const std::vector<Layer>& layers, const Wave& wave,
+               const std::vector<Gradient>& grads, Product product, const Tensor& slopes,
+               const void* coefficients, bool accumulate, cudaStream_t stream) {
+  for (const Launch& one : wave.plan.gradient) {
+    const auto problems = make_problems(layers, wave, one, grads, -1);
+    if (slopes.scalar_type() == ScalarType::Double) {
+      launch_gradient<SimtTile<double>>(*problems, slopes, coefficients, accumulate, stream);
+    } else {
+      visit_tile(one.tile, product, [&](auto tile) {
+        launch_gradient<decltype(tile)>(*problems, slopes, coefficients, accumulate, stream);
+      });
+    }
+  }
+}
+
+template <class Tile>
+void launch_fused(const Problems& problems, const Tensor& slopes, const void* coefficients,
+                  void* values, cudaStream_t stream) {
+  using Number = typename Tile::Number;
+  launch_all(fused_gram_penalty_kernel<Tile>, problems.units, Tile::kThreads,
+             kFusedSharedBytes<Tile>, stream, problems, data<Number>(slopes),
+             static_cast<const Number*>(coefficients), static_cast<Number*>(values));
+}
+
+// Launches cost more than products here, so there is one kernel for every precision of float32.
+void fused(const std::vector<Layer>& layers, const Wave& wave, const std::vector<Gradient>& grads,
+           Product product, int penalty, const Tensor& slopes, const void* coefficients,
+           void* values, cudaStream_t stream) {
+  for (const Launch& one : wave.plan.gradient) {
+    const auto problems = make_problems(layers, wave, one, grads, penalty);
+    if (slopes.scalar_type() == ScalarType::Double) {
+      launch_fused<SimtTile<double>>(*problems, slopes, coefficients, values, stream);
+    } else if (product == Product::kSimt) {
+      launch_fused<SimtTile<float>>(*problems, slopes, coefficients, values, stream);
+    } else if (one.tile == 32) {
+      launch_fused<TensorTile<32, Product::kTf32x3>>(*problems, slopes, coefficients, values,
+                                                     stream);
+    } else {
+      launch_fused<TensorTile<64, Product::kTf32x3>>(*problems, slopes, coefficients, values,
+                                                     stream);
+    }
+  }
+}
+
+// Value and gradient of a list of layers, planned once for all calls.
+struct AddPlan {
+  std::vector<Wave> waves;
+  Precision precision;
+  int penalty;
+  int64_t slopes_size = 0;  // of the largest wave
+};
+
+AddPlan plan_add(const std::vector<Layer>& layers, bool in_double, const std::string& penalty,
+                 const std::string& precision) {
+  AddPlan out{{}, read_precision(precision), read_penalty(penalty)};
+  out.precision.gram = in_double ? Product::kSimt : usable(out.precision.gram);
+  out.precision.gradient = in_double ? Product::kSimt : usable(out.precision.gradient);
+  const std::vector<Shape> all = shapes(layers);
+  const std::vector<int> starts = waves(all, in_double ? 8 : 4, workspace_bytes());
+  for (size_t w = 0; w + 1 < starts.size(); ++w) {
+    Wave wave{starts[w], starts[w + 1], {}, {}, {}};
+    const std::vector<Shape> mine(all.begin() + wave.first, all.begin() + wave.last);
+    const int tile = tile_of_all(out.precision.gram);
+    if (!plan_fused(mine, tile, wave.plan)) {
+      plan_gram(mine, tile, wave.plan);
+      plan_gradient(mine, tile_of_all(out.precision.gradient), wave.plan);
+    }
+    for (const Shape& s : mine) {  // rows of whole 16 bytes
+      const int64_t stride = divide_up(s.m(), 4) * 4;
+      wave.slopes.push_back(wave.slopes_size);
+      wave.slope_stride.push_back(static_cast<int32_t>(stride));
+      wave.slopes_size += s.groups * s.m() * stride;
+    }
+    if (wave.plan.fused) {  // one for each block
+      wave.slopes_size = 0;
+      for (const Launch& one : wave.plan.gradient) {
+        for (const Item& item : one.items) {
+          wave.slopes[item.layer] = wave.slopes_size;
+          wave.slopes_size += item.units * mine[item.layer].m() * wave.slope_stride[item.layer];
+        }
+      }
+    }
+    out.slopes_size = std::max(out.slopes_size, wave.slopes_size);
+    out.waves.push_back(std::move(wave));
+  }
+  return out;
+}
+
+// Adds the gradients to `grads`; returns the values [L].
+Tensor run_add(const std::vector<Layer>& layers, const AddPlan& plan,
+               const std::vector<Gradient>& grads, const Tensor& coefficients,
+               cudaStream_t stream) {
+  const Tensor values =
+      torch::stable::new_empty(coefficients, {static_cast<int64_t>(layers.size())});
+  const Tensor slopes = torch::stable::new_empty(coefficients, {plan.slopes_size});
+  const int64_t element = values.scalar_type() == ScalarType::Double ? 8 : 4;
+  for (const Wave& wave : plan.waves) {
+    const void* factors = data<const char>(coefficients) + wave.first * element;
+    void* mine = data<char>(values) + wave.first * element;
+    if (wave.plan.fused) {
+      fused(layers, wave, grads, plan.precision.gram, plan.penalty, slopes, factors, mine, stream);
+    } else {
+      form_grams(layers, wave, plan.precision.gram, plan.penalty, slopes, mine, stream);
+      gradients(layers, wave, grads, plan.precision.gradient, slopes, factors,
+                /*accumulate=*/true, stream);
+    }
+  }
+  return values;
 }
 
 std::tuple<Tensor, Tensor> gram_penalty(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                        std::vector<int64_t> groups, std::vector<int64_t> columns,
-                                        std::vector<double> offsets, std::string penalty) {
-  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets);
+                                        std::vector<Tensor> pruned, std::vector<int64_t> groups,
+                                        std::vector<int64_t> columns, std::vector<double> offsets,
+                                        std::string penalty, std::string precision) {
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets, pruned);
+  const Product wanted = read_precision(precision).gram;
+  const int id = read_penalty(penalty);
   const DeviceScope scope(weights[0]);
+  const Product product = is_double(weights) ? Product::kSimt : usable(wanted);
   const ScalarType type = compute_type(weights);
   const int64_t count = static_cast<int64_t>(layers.size());
   Tensor values = torch::stable::new_empty(weights[0], {count}, type);
   Tensor slopes = torch::stable::new_empty(weights[0], {slopes_size(layers)}, type);
-  const auto run = is_double(weights) ? values_and_slopes<double> : values_and_slopes<float>;
-  run(layers, penalty, values, slopes, current_stream(weights[0]));
+  Wave wave = whole_wave(layers);
+  plan_gram(shapes(layers), tile_of_all(product), wave.plan);
+  form_grams(layers, wave, product, id, slopes, data<void>(values), current_stream(weights[0]));
   return {values, slopes};
 }
 
 std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                      Tensor slopes, Tensor coefficients,
-                                      std::vector<int64_t> groups, std::vector<int64_t> columns,
-                                      std::string) {
-  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns);
+                                      std::vector<Tensor> pruned, Tensor slopes,
+                                      Tensor coefficients, std::vector<int64_t> groups,
+                                      std::vector<int64_t> columns, std::string,
+                                      std::string precision) {
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, {}, pruned);
   check_coefficients(coefficients, weights);
   check_slopes(slopes, weights, layers);
+  const Product wanted = read_precision(precision).gradient;
   const DeviceScope scope(weights[0]);
+  const Product product = is_double(weights) ? Product::kSimt : usable(wanted);
   std::vector<Tensor> grads, bias_grads;
   for (const Tensor& w : weights) grads.push_back(torch::stable::empty_like(w));
   for (const Tensor& b : biases) bias_grads.push_back(torch::stable::empty_like(b));
-  const auto run = is_double(weights) ? gradients<double, false> : gradients<float, false>;
-  run(layers, read_gradients(weights, biases, grads, bias_grads), slopes, coefficients,
-      current_stream(weights[0]));
+  Wave wave = whole_wave(layers);
+  plan_gradient(shapes(layers), tile_of_all(product), wave.plan);
+  gradients(layers, wave, read_gradients(weights, biases, grads, bias_grads), product, slopes,
+            data<void>(coefficients), /*accumulate=*/false, current_stream(weights[0]));
   grads.insert(grads.end(), bias_grads.begin(), bias_grads.end());
   return grads;
 }
 
 Tensor add_gram_penalty_grad_(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                              std::vector<Tensor> grads, std::vector<Tensor> bias_grads,
-                              Tensor coefficients, std::vector<int64_t> groups,
-                              std::vector<int64_t> columns, std::vector<double> offsets,
-                              std::string penalty) {
-  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets);
+                              std::vector<Tensor> pruned, std::vector<Tensor> grads,
+                              std::vector<Tensor> bias_grads, Tensor coefficients,
+                              std::vector<int64_t> groups, std::vector<int64_t> columns,
+                              std::vector<double> offsets, std::string penalty,
+                              std::string precision) {
+  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets, pruned);
   check_coefficients(coefficients, weights);
   const std::vector<Gradient> targets = read_gradients(weights, biases, grads, bias_grads);
   const DeviceScope scope(weights[0]);
-  const ScalarType type = compute_type(weights);
-  const int64_t count = static_cast<int64_t>(layers.size());
-  const cudaStream_t stream = current_stream(weights[0]);
-  Tensor values = torch::stable::new_empty(weights[0], {count}, type);
-  Tensor slopes = torch::stable::new_empty(weights[0], {slopes_size(layers)}, type);
-  const auto first = is_double(weights) ? values_and_slopes<double> : values_and_slopes<float>;
-  const auto second = is_double(weights) ? gradients<double, true> : gradients<float, true>;
-  first(layers, penalty, values, slopes, stream);
-  second(layers, targets, slopes, coefficients, stream);
-  return values;
+  return run_add(layers, plan_add(layers, is_double(weights), penalty, precision), targets,
+                 coefficients, current_stream(weights[0]));
+}
+
+class PreparedOnCuda : public Prepared {
+ public:
+  explicit PreparedOnCuda(Arguments given)
+      : Prepared(std::move(given)),
+        plan_(plan_add(layers(), is_double(arguments().weights), arguments().penalty,
+                       arguments().precision)) {}
+
+ protected:
+  Tensor add_to(const std::vector<Gradient>& gradients, const Tensor& coefficients) override {
+    const DeviceScope scope(coefficients);
+    return run_add(layers(), plan_, gradients, coefficients, current_stream(coefficients));
+  }
+
+ private:
+  const AddPlan plan_;
+};
+
+int64_t prepare_gram_penalty(std::vector<Tensor> weights, std::vector<Tensor> biases,
+                             std::vector<Tensor> pruned, std::vector<int64_t> groups,
+                             std::vector<int64_t> columns, std::vector<double> offsets,
+                             std::string penalty, std::string precision) {
+  STD_TORCH_CHECK(!weights.empty(), "an operator needs at least one weight");
+  const DeviceScope scope(weights[0]);
+  return keep_prepared(std::make_unique<PreparedOnCuda>(
+      Prepared::Arguments{weights, biases, pruned, groups, columns, offsets, penalty, precision}));
 }
 
 }  // namespace
@@ -98,4 +239,5 @@ ORTHOREG_LIBRARY_IMPL(ORTHOREG_NAMESPACE, ORTHOREG_CUDA_KEY, m) {
   m.impl("gram_penalty", TORCH_BOX(&orthoreg::cuda::gram_penalty));
   m.impl("gram_penalty_grad", TORCH_BOX(&orthoreg::cuda::gram_penalty_grad));
   m.impl("add_gram_penalty_grad_", TORCH_BOX(&orthoreg::cuda::add_gram_penalty_grad_));
+  m.impl("prepare_gram_penalty", TORCH_BOX(&orthoreg::cuda::prepare_gram_penalty));
 }

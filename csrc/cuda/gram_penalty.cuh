@@ -1,55 +1,145 @@
-// Grouped gradients: 2 c_l S W (rows) or 2 c_l W S (columns) for all layers.
+// Grouped gradients: 2 c_l S W (rows) or 2 c_l W S (columns) for all layers, and the kernel that
+// does everything for small layers; Tile is SimtTile or TensorTile.
 //
-// One block of 256 threads computes one 64 x 64 tile of one layer's [n, width] gradient, the bias
-// being the last column, and stores it or, with kAccumulate, adds it. The coefficients c_l stay on
-// the device.
-//   cost: n width m fused multiply-adds a matrix; S and W are read once a tile row and column
+// A unit is one tile of one layer's [n, width] gradient, the bias being the last column; blocks
+// take units in turns. The coefficients c_l stay on the device.
+//   cost: n width m multiply-adds a matrix; S and W are read once a tile row and column, the
+//   gradient is written or, with `accumulate`, read and written once
 #pragma once
 
-#include "tiles.cuh"
+#include "gram.cuh"
 
 namespace orthoreg::cuda {
 
-template <class T, bool kAccumulate>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    gram_penalty_grad_kernel(const __grid_constant__ Problems problems,
-                             const T* __restrict__ slopes, const T* __restrict__ coefficients) {
-  __shared__ Slabs<T> slabs;
-  const int layer = find_layer(problems, blockIdx.x);
-  const Problem& p = problems.layer[layer];
-  const int down = (p.n + kTile - 1) / kTile, across = (p.width + kTile - 1) / kTile;
-  const int unit = blockIdx.x - p.first_unit;
-  const int group = unit / (down * across);
-  const int row = unit / across % down * kTile, column = unit % across * kTile;
-  const int m = gram_size(p);
-  const T* s = slopes + p.slopes + static_cast<int64_t>(group) * m * m;
-  const auto slope = [&](int i, int j) {
-    return i < m && j < m ? s[static_cast<int64_t>(i) * m + j] : T(0);
-  };
+template <class Tile>
+constexpr int kGradStride = Tile::kTile + 4;  // rows of 16-byte chunks
+template <class Tile>
+constexpr int kGradTileBytes =
+    Tile::kTile * kGradStride<Tile> * static_cast<int>(sizeof(typename Tile::Number));
+template <class Tile>
+constexpr int kGradSharedBytes =
+    Tile::kSharedBytes > kGradTileBytes<Tile> ? Tile::kSharedBytes : kGradTileBytes<Tile>;
+template <class Tile>
+constexpr int kFusedSharedBytes =
+    kGramSharedBytes<Tile> > kGradSharedBytes<Tile> ? kGramSharedBytes<Tile>
+                                                    : kGradSharedBytes<Tile>;
 
-  T sum[kPerThread][kPerThread] = {};
-  tile_product(
-      slabs, m, /*a_along_inner=*/true, /*b_along_inner=*/false,
-      [&](int i, int q) { return p.columns ? entry<T>(p, group, row + i, q) : slope(row + i, q); },
-      [&](int q, int j) {
-        return p.columns ? slope(q, column + j) : entry<T>(p, group, q, column + j);
-      },
-      [](const Slabs<T>&) {}, sum);
-
-  const T factor = 2 * coefficients[layer];
-  const int tx = threadIdx.x % kAcross, ty = threadIdx.x / kAcross;
-#pragma unroll
-  for (int x = 0; x < kPerThread; ++x) {
-#pragma unroll
-    for (int y = 0; y < kPerThread; ++y) {
-      const int i = row + ty * kPerThread + x, j = column + tx * kPerThread + y;
-      if (i >= p.n || j >= p.width) continue;
-      const int64_t filter = static_cast<int64_t>(group) * p.n + i;
-      void* target = j < p.k ? p.grad : p.bias_grad;
-      const int64_t at = j < p.k ? filter * p.grad_stride + j : filter;
-      const T before = kAccumulate ? load<T>(target, at, p.type) : T(0);
-      store<T>(target, at, p.type, before + factor * sum[x][y]);
+// Four neighbouring entries of one row of the gradient, from column j on.
+template <class T>
+__device__ __forceinline__ void put4(const Problem& p, int64_t filter, int j, T factor,
+                                     const T* __restrict__ sums, bool accumulate) {
+  const int64_t at = filter * p.grad_stride + j;
+  if constexpr (sizeof(T) == 4) {
+    float* to = static_cast<float*>(p.grad) + at;
+    if (p.type == Type::kFloat && j + 4 <= p.k && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+      float4 all = accumulate ? *reinterpret_cast<const float4*>(to) : float4{0, 0, 0, 0};
+      const float4 more = *reinterpret_cast<const float4*>(sums);
+      all.x += factor * more.x;
+      all.y += factor * more.y;
+      all.z += factor * more.z;
+      all.w += factor * more.w;
+      *reinterpret_cast<float4*>(to) = all;
+      return;
     }
+  }
+#pragma unroll 1
+  for (int e = 0; e < 4 && j + e < p.width; ++e) {
+    const bool bias = j + e >= p.k;
+    void* to = bias ? p.bias_grad : p.grad;
+    const int64_t where = bias ? filter : at + e;
+    const T before = accumulate ? load<T>(to, where, p.type) : T(0);
+    store<T>(to, where, p.type, before + factor * sums[e]);
+  }
+}
+
+// The tile-th tile of a layer's gradient, group after group, given S of its group.
+template <class Tile>
+__device__ __forceinline__ void grad_tile(const Problem& p, int tile,
+                                          const typename Tile::Number* slopes,
+                                          const typename Tile::Number* coefficients,
+                                          bool accumulate, char* shared) {
+  using Number = typename Tile::Number;
+  __shared__ Matrix w, s;  // not in registers, which the sums need
+  __shared__ int row, column, group;
+  if (threadIdx.x == 0) {
+    const int down = (p.n + Tile::kTile - 1) / Tile::kTile;
+    const int across = (p.width + Tile::kTile - 1) / Tile::kTile;
+    group = tile / (down * across);
+    row = tile / across % down * Tile::kTile;
+    column = tile % across * Tile::kTile;
+    w = filters(p, group);
+    s = slope_matrix(p, slopes);
+  }
+  __syncthreads();
+  const auto ignore = [](const auto&, int) {};
+  typename Tile::Sums sums = {};
+  if (p.columns) {  // S is symmetric: its rows serve as its columns
+    Tile::template multiply<true, true>(shared, w, row, s, column, false, 0, gram_size(p), ignore,
+                                        sums);
+  } else {
+    Tile::template multiply<true, false>(shared, s, row, w, column, false, 0, gram_size(p), ignore,
+                                         sums);
+  }
+  Number* sum = reinterpret_cast<Number*>(shared);
+  Tile::for_each(sums, [&](int i, int j, Number value) { sum[i * kGradStride<Tile> + j] = value; });
+  __syncthreads();
+  const Number factor = 2 * coefficients[p.index];
+  const int64_t first = static_cast<int64_t>(group) * p.n;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < Tile::kTile * Tile::kTile / 4; e += Tile::kThreads) {
+    const int i = e / (Tile::kTile / 4), j = e % (Tile::kTile / 4) * 4;
+    if (row + i >= p.n || column + j >= p.width) continue;
+    put4(p, first + row + i, column + j, factor, sum + i * kGradStride<Tile> + j, accumulate);
+  }
+  __syncthreads();  // shared memory is free again
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
+    gram_penalty_grad_kernel(const __grid_constant__ Problems problems,
+                             const typename Tile::Number* __restrict__ slopes,
+                             const typename Tile::Number* __restrict__ coefficients,
+                             bool accumulate) {
+  extern __shared__ __align__(128) char shared[];
+  for (int unit = blockIdx.x; unit < problems.units; unit += gridDim.x) {
+    const Problem& p = problems.layer[find_layer(problems, unit)];
+    const int tile = unit - p.first_unit, tiles_of_group = p.units / p.groups;
+    grad_tile<Tile>(p, tile, slopes + slopes_at(p, tile / tiles_of_group), coefficients, accumulate,
+                    shared);
+  }
+}
+
+// Layers of one group whose Gram matrix is one tile: penalty and gradient in one launch, for
+// networks so small that launches are what they cost. Several blocks share a layer's gradient; each
+// forms the Gram matrix itself, which is cheaper than to wait for another one.
+//   slopes: one [m, m] a block; values [L], of which the first block of each layer writes one
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
+    fused_gram_penalty_kernel(const __grid_constant__ Problems problems,
+                              typename Tile::Number* slopes,
+                              const typename Tile::Number* __restrict__ coefficients,
+                              typename Tile::Number* __restrict__ values) {
+  using Number = typename Tile::Number;
+  extern __shared__ __align__(128) char shared[];
+  __shared__ double exact[kExact<Tile>];
+  __shared__ int share;  // these two are not in registers, which the sums need
+  __shared__ Number* mine;
+  const Problem& p = problems.layer[find_layer(problems, blockIdx.x)];
+  if (threadIdx.x == 0) {
+    share = blockIdx.x - p.first_unit;
+    mine = slopes + slopes_at(p, share);
+  }
+  const GramTile all{0, 0, 0, 0, 0};
+  form_gram_tile<Tile>(p, all, shared, exact);
+  const double value = finish_gram_tile<Tile>(p, all, problems.penalty, shared, exact, mine);
+  if (share == 0 && threadIdx.x == 0) values[p.index] = static_cast<Number>(value + p.offset);
+  // S goes through global memory (and stays in L2), where the copies of grad_tile find it: a
+  // barrier makes what this block has written visible to all of it.
+  __syncthreads();
+  const int tiles =
+      (p.n + Tile::kTile - 1) / Tile::kTile * ((p.width + Tile::kTile - 1) / Tile::kTile);
+  for (int tile = share; tile < tiles; tile += p.units) {
+    grad_tile<Tile>(p, tile, mine, coefficients, /*accumulate=*/true, shared);
   }
 }
 

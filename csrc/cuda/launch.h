@@ -1,11 +1,11 @@
-// From checked layers to the parameters of the tiled kernels.
+// From checked layers to launches of the tiled kernels.
 #pragma once
 
 #include <memory>
 #include <vector>
 
+#include "problem.cuh"
 #include "runtime.h"
-#include "tiles.cuh"
 
 namespace orthoreg::cuda {
 
@@ -22,46 +22,66 @@ inline Type element_type(ScalarType type) {
   }
 }
 
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
 inline std::vector<Shape> shapes(const std::vector<Layer>& layers) {
   std::vector<Shape> out;
   for (const Layer& l : layers) out.push_back({l.groups, l.n, l.width(), l.columns});
   return out;
 }
 
-// Calls launch(problems, first layer) for each launch of the plan. Layers without a block still
-// take part: finish_penalty gives them their value.
-template <class Units, class Run>
-void for_each_launch(const std::vector<Layer>& layers, const std::vector<Gradient>& grads,
-                     const Units& units, const Run& run) {
-  const auto problems = std::make_unique<Problems>();  // 30 KB, too much for some stacks
-  for (const Launch& launch : plan_launches(shapes(layers), units)) {
-    problems->count = launch.last - launch.first;
-    problems->units = static_cast<int32_t>(launch.first_unit.back());
-    for (int i = launch.first; i < launch.last; ++i) {
-      const Layer& l = layers[i];
-      Problem& p = problems->layer[i - launch.first];
-      p = {l.weight,
-           l.bias,
-           grads.empty() ? nullptr : grads[i].weight,
-           grads.empty() ? nullptr : grads[i].bias,
-           l.stride,
-           grads.empty() ? 0 : grads[i].stride,
-           l.slopes,
-           l.offset,
-           static_cast<int32_t>(l.n),
-           static_cast<int32_t>(l.k),
-           static_cast<int32_t>(l.width()),
-           static_cast<int32_t>(launch.first_unit[i - launch.first]),
-           element_type(l.dtype),
-           l.columns};
-    }
-    run(*problems, launch.first);
-  }
+// Layers that are worked on together: theirs are the entries [first, last) of a call's lists.
+struct Wave {
+  int first, last;
+  Plan plan;
+  // Where each layer's S lies in the wave's buffer, and from row to row.
+  std::vector<int64_t> slopes;
+  std::vector<int32_t> slope_stride;
+  int64_t slopes_size = 0;
+
+  int count() const { return last - first; }
+};
+
+// All layers at once, S laid out as the operators say: [groups, m, m] after [groups, m, m]. The
+// plan is empty.
+Wave whole_wave(const std::vector<Layer>& layers);
+
+// The parameters of a launch; grads is empty for Gram kernels.
+std::unique_ptr<Problems> make_problems(const std::vector<Layer>& layers, const Wave& wave,
+                                        const Launch& launch, const std::vector<Gradient>& grads,
+                                        int penalty);
+
+// How many blocks of a kernel the current device holds at a time; allows the kernel that much
+// shared memory before its first launch.
+int resident_blocks(const void* kernel, int threads, int shared);
+
+// The product that the current device can do: tensor cores have TF32 and bfloat16 from sm_80 on.
+Product usable(Product product);
+
+// The tile size of all layers: 64 without tensor cores; else 0, the best one for each layer, or
+// what ORTHOREG_EXT_TILE says (32, 64 or 128: for tests, and for tuning on a new GPU).
+int tile_of_all(Product product);
+
+// Launches a kernel whose blocks take units in turns.
+template <class Kernel, class... Arguments>
+void launch_persistent(Kernel kernel, int64_t units, int threads, int shared, cudaStream_t stream,
+                       const Arguments&... arguments) {
+  const int resident = resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared);
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, resident));
+  kernel<<<blocks, threads, shared, stream>>>(arguments...);
+  ORTHOREG_CUDA_CHECK(cudaGetLastError());
 }
 
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
+// Launches a kernel with one block a unit.
+template <class Kernel, class... Arguments>
+void launch_all(Kernel kernel, int64_t units, int threads, int shared, cudaStream_t stream,
+                const Arguments&... arguments) {
+  resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared);
+  kernel<<<static_cast<unsigned>(units), threads, shared, stream>>>(arguments...);
+  ORTHOREG_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace orthoreg::cuda

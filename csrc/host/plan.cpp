@@ -1,7 +1,6 @@
 // The launch plan as Python sees it.
 #include "../common/plan.h"
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,8 +13,24 @@ namespace {
 
 using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, bool>;
 
-// Each launch as (first layer, last layer, first block of each layer and the number of blocks).
-py::list build_plan(const std::vector<ShapeTuple>& shapes, const std::string& kernel) {
+py::list launches(const std::vector<orthoreg::Launch>& plan) {
+  py::list out;
+  for (const orthoreg::Launch& launch : plan) {
+    py::list items;
+    for (const orthoreg::Item& item : launch.items) {
+      items.append(py::dict(
+          py::arg("layer") = item.layer, py::arg("units") = item.units,
+          py::arg("first_unit") = item.first_unit, py::arg("slices") = item.slices,
+          py::arg("slice_length") = item.slice_length, py::arg("first_part") = item.first_part,
+          py::arg("first_slab") = item.first_slab));
+    }
+    out.append(py::dict(py::arg("tile") = launch.tile, py::arg("units") = launch.units,
+                        py::arg("items") = items));
+  }
+  return out;
+}
+
+py::dict build_plan(const std::vector<ShapeTuple>& shapes, int tile, bool fused) {
   std::vector<orthoreg::Shape> layers;
   for (const auto& [groups, n, width, columns] : shapes) {
     if (groups < 1 || n < 0 || width < 0) {
@@ -23,24 +38,33 @@ py::list build_plan(const std::vector<ShapeTuple>& shapes, const std::string& ke
     }
     layers.push_back({groups, n, width, columns});
   }
-  if (kernel != "gram" && kernel != "grad") {
-    throw py::value_error("unknown kernel '" + kernel + "'; valid: gram, grad");
+  orthoreg::Plan plan;
+  if (!fused || !orthoreg::plan_fused(layers, tile, plan)) {
+    orthoreg::plan_gram(layers, tile, plan);
+    orthoreg::plan_gradient(layers, tile, plan);
   }
-  const auto units = kernel == "gram" ? orthoreg::gram_units : orthoreg::grad_units;
-  py::list out;
-  for (const orthoreg::Launch& launch : orthoreg::plan_launches(layers, units)) {
-    const auto& blocks = launch.first_unit;
-    out.append(py::make_tuple(launch.first, launch.last,
-                              py::array_t<int64_t>(blocks.size(), blocks.data())));
+  return py::dict(py::arg("fused") = plan.fused, py::arg("gram") = launches(plan.gram),
+                  py::arg("gradient") = launches(plan.gradient), py::arg("parts") = plan.parts,
+                  py::arg("slab_entries") = plan.slab_entries);
+}
+
+std::vector<int> waves(const std::vector<ShapeTuple>& shapes, int64_t element, int64_t most) {
+  std::vector<orthoreg::Shape> layers;
+  for (const auto& [groups, n, width, columns] : shapes) {
+    layers.push_back({groups, n, width, columns});
   }
-  return out;
+  return orthoreg::waves(layers, element, most);
 }
 
 }  // namespace
 
 void bind_plan(py::module_& m) {
-  m.attr("TILE") = orthoreg::kTile;
   m.attr("LAYERS_PER_LAUNCH") = orthoreg::kLayersPerLaunch;
-  m.def("build_plan", &build_plan, py::arg("shapes"), py::arg("kernel") = "gram",
-        "The launches of a tiled kernel over layers of shape (groups, n, width, columns).");
+  m.def("build_plan", &build_plan, py::arg("shapes"), py::arg("tile") = 0, py::arg("fused") = false,
+        "The launches for layers of shape (groups, n, width, columns); tile: of all layers, 0 for "
+        "the "
+        "best of each; fused: as for value and gradient in one call.");
+  m.def("waves", &waves, py::arg("shapes"), py::arg("element"), py::arg("most"),
+        "The first layers of the waves whose Gram matrices fit into `most` bytes, and the number "
+        "of layers.");
 }

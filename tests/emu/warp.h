@@ -78,14 +78,38 @@ T reduce(emu::Here here, T value, uint32_t mask, F f) {
   return result;
 }
 
+// The sum of `count` exact terms as tensor cores form it, as far as published tests of them tell
+// (Fasi et al., 2021): every term is cut off, towards zero, below the last bit that the largest one
+// has in a float, and so is the sum. Later hardware keeps a few bits more, so this errs on the safe
+// side.
+inline float tensor_core_sum(const double* terms, unsigned count) {
+  constexpr int kMantissa = 23, kBias = 1023, kSmallest = -126;
+  uint64_t largest = 0;
+  double plain = 0;
+  for (unsigned i = 0; i < count; ++i) {
+    largest = std::max(largest, as<uint64_t>(terms[i]) & ~(uint64_t(1) << 63));
+    plain += terms[i];
+  }
+  if (!std::isfinite(plain)) return float(plain);
+  const int exponent = std::max(int(largest >> 52) - kBias, kSmallest);
+  const double scale = as<double>(uint64_t(kBias + kMantissa - exponent) << 52);
+  int64_t sum = 0;  // in units of the last bit
+  for (unsigned i = 0; i < count; ++i) sum += int64_t(terms[i] * scale);
+  for (int64_t excess = std::abs(sum) >> (kMantissa + 1), bit = 1; excess; excess >>= 1) {
+    bit *= 2, sum -= sum % bit;
+  }
+  return float(double(sum) / scale);
+}
+
 // mma.sync.m16n8kK: D = A B + D over a warp. A register of A or B holds PACK consecutive k of one
 // row (column); lane 4 r + q holds rows r and r + 8, and columns r, of A and B; of D it holds
-// columns 2 q and 2 q + 1. The tensor core's own order and rounding of the sum are not documented:
-// here products are exact and the sum is rounded once.
+// columns 2 q and 2 q + 1. Of TF32 operands the upper 19 bits count; products are exact. As many k
+// as a register of all four lanes holds are summed at once (4 of TF32, 8 halves): no hardware that
+// has these instructions is known to take fewer.
 template <class ELEMENT, size_t A, size_t B>
 void mma(emu::Here here, float (&d)[4], const uint32_t (&a)[A], const uint32_t (&b)[B]) {
   static_assert(A == 2 * B);
-  constexpr unsigned pack = std::is_same_v<ELEMENT, tf32> ? 1 : 2, depth = 4 * pack * B;
+  constexpr unsigned pack = std::is_same_v<ELEMENT, tf32> ? 1 : 2;
   struct Fragments {
     uint32_t a[A], b[B];
   } mine;
@@ -101,14 +125,16 @@ void mma(emu::Here here, float (&d)[4], const uint32_t (&a)[A], const uint32_t (
   };
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = emu::lane() / 4 + i / 2 * 8, column = emu::lane() % 4 * 2 + i % 2;
-    double sum = d[i];
-    for (unsigned k = 0; k < depth; ++k) {
-      const unsigned quad = k % (4 * pack) / pack, step = k / (4 * pack);
-      const auto left = all.get<Fragments>(row % 8 * 4 + quad).a[row / 8 + 2 * step];
-      const auto right = all.get<Fragments>(column * 4 + quad).b[step];
-      sum += element(left, k) * element(right, k);
+    for (unsigned step = 0; step < B; ++step) {
+      double terms[4 * pack + 1];
+      for (unsigned k = 0; k < 4 * pack; ++k) {
+        const auto left = all.get<Fragments>(row % 8 * 4 + k / pack).a[row / 8 + 2 * step];
+        const auto right = all.get<Fragments>(column * 4 + k / pack).b[step];
+        terms[k] = element(left, k) * element(right, k);
+      }
+      terms[4 * pack] = d[i];
+      d[i] = tensor_core_sum(terms, 4 * pack + 1);
     }
-    d[i] = float(sum);
   }
 }
 

@@ -1,0 +1,300 @@
+"""Everything that is compared, by name: the package, and what one would write or install instead.
+
+`REGULARISE` computes a penalty and its gradient for all layers, added to each ``.grad`` or
+returned, `SCORE` five statistics of every filter. All take leaves of any shapes [n, ...].
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import orthoreg_ext.functional as F
+from orthoreg_ext.penalties import PENALTIES
+
+Call = Callable[[], "Sequence[Tensor] | None"]
+CRITERIA = ("l1", "l2", "taylor", "taylor_sq", "taylor_abs")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do the work.
+
+    Attributes:
+        meaning: what it is, with all that a ratio depends on.
+        prepare: weights -> the call that is timed; its gradients are returned or in ``.grad``.
+        computes: the penalty, or which dimensions are scored.
+        why_not: device type -> why it cannot run there; empty where it can.
+    """
+
+    meaning: str
+    prepare: Callable[[list[Tensor]], Call]
+    computes: str = "so"
+    why_not: Callable[[str], str] = lambda device: ""
+
+
+def needs(module: str) -> Callable[[str], str]:
+    """Why a way that needs a package cannot run."""
+    return lambda _: "" if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
+def _needs_cuda(device: str) -> str:
+    return "" if device == "cuda" else "CUDA graphs need a GPU"
+
+
+# ---- the package
+
+
+def _in_place(penalty: str) -> Callable[[list[Tensor]], Call]:
+    def prepare(weights: list[Tensor]) -> Call:
+        def call() -> None:
+            F.add_gram_penalty_grad_(weights, penalty, strength=1.0)
+
+        return call
+
+    return prepare
+
+
+def _autograd(weights: list[Tensor]) -> Call:
+    return lambda: F.gram_penalty(weights, "so").sum().backward()
+
+
+def _captured(prepare: Callable[[list[Tensor]], Call]) -> Callable[[list[Tensor]], Call]:
+    """The call's kernels in a CUDA graph, without any cost of launching them."""
+
+    def captured(weights: list[Tensor]) -> Call:
+        call, side, graph = prepare(weights), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            call()
+        return lambda: graph.replay()
+
+    return captured
+
+
+# ---- what one would write
+
+
+def orthoreg_repo(weights: list[Tensor]) -> Call:
+    """OrthoReg as released: the identity is filled on the CPU and copied, layer by layer."""
+
+    def call() -> None:
+        total = torch.zeros((), device=weights[0].device)
+        for weight in weights:
+            matrix = weight.flatten(1)
+            if matrix.shape[0] > matrix.shape[1]:
+                matrix = matrix.t()
+            eye = torch.eye(len(matrix)).to(matrix.device)
+            total = total + (matrix @ matrix.t() - eye).norm(1)
+        total.backward()
+
+    return call
+
+
+def _penalty(weights: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros((), device=weights[0].device)
+    for weight in weights:
+        matrix = weight.flatten(1)
+        eye = torch.eye(len(matrix), device=matrix.device)
+        total = total + (matrix @ matrix.t() - eye).square().sum()
+    return total
+
+
+def eager(weights: list[Tensor]) -> Call:
+    """Autograd on the filters' side, as a training script writes it."""
+    return lambda: _penalty(weights).backward()
+
+
+def compiled(weights: list[Tensor]) -> Call:
+    """torch.compile of `eager`; gradients are returned, so that nothing is added outside."""
+    function = torch.compile(_penalty, mode="reduce-overhead", dynamic=False)
+    return lambda: torch.autograd.grad(function(weights), weights)
+
+
+def _closed(weights: list[Tensor], *, small: bool) -> Call:
+    @torch.no_grad()
+    def call() -> None:
+        total = torch.zeros((), device=weights[0].device)
+        for weight in weights:
+            matrix, grad = weight.flatten(1), weight.grad
+            assert grad is not None
+            rows = not small or matrix.shape[0] <= matrix.shape[1]
+            gram = matrix @ matrix.t() if rows else matrix.t() @ matrix
+            gram.diagonal().sub_(1)
+            total += torch.dot(gram.view(-1), gram.view(-1))
+            left, right = (gram, matrix) if rows else (matrix, gram)
+            grad.view(matrix.shape).addmm_(left, right, alpha=4)
+
+    return call
+
+
+def closed(weights: list[Tensor]) -> Call:
+    """Two matrix products a layer, without autograd."""
+    return _closed(weights, small=False)
+
+
+def closed_small(weights: list[Tensor]) -> Call:
+    """The same with the smaller of the two Gram matrices."""
+    return _closed(weights, small=True)
+
+
+def _grouped(multiply: Callable[[list[Tensor], list[Tensor]], Sequence[Tensor]]) -> object:
+    """The closed form with one grouped product for all Gram matrices and one for all gradients."""
+
+    def prepare(weights: list[Tensor], dtype: torch.dtype) -> Call:
+        @torch.no_grad()
+        def call() -> None:
+            flat = [w.flatten(1).to(dtype) for w in weights]
+            grams = [g.float() for g in multiply(flat, [w.t() for w in flat])]
+            for gram in grams:
+                gram.diagonal().sub_(1)
+            torch.stack(torch._foreach_norm(grams)).square().sum()
+            products = multiply([g.to(dtype) for g in grams], flat)
+            grads = [w.grad for w in weights]
+            torch._foreach_add_(
+                grads,
+                [p.to(w.dtype).view_as(w) for p, w in zip(products, weights, strict=True)],
+                alpha=4,
+            )
+
+        return call
+
+    return prepare
+
+
+def foreach_mm(weights: list[Tensor]) -> Call:
+    """torch._foreach_mm in bfloat16, its fast path."""
+    return _grouped(torch._foreach_mm)(weights, torch.bfloat16)  # type: ignore[operator]
+
+
+def pyg_lib(weights: list[Tensor]) -> Call:
+    """pyg-lib's grouped_matmul in float32."""
+    import pyg_lib as library
+
+    return _grouped(library.ops.grouped_matmul)(weights, torch.float32)  # type: ignore[operator]
+
+
+def peft(weights: list[Tensor]) -> Call:
+    """AdaLoRA's loop as in PEFT: the norm of G - I of each factor, on its short side."""
+
+    def call() -> None:
+        total = torch.zeros((), device=weights[0].device)
+        for weight in weights:
+            matrix = weight.flatten(1)
+            gram = (
+                matrix @ matrix.t() if matrix.shape[0] <= matrix.shape[1] else matrix.t() @ matrix
+            )
+            eye = torch.eye(*gram.size(), out=torch.empty_like(gram))
+            eye.requires_grad = False
+            total = total + torch.norm(gram - eye, p="fro")
+        total.backward()
+
+    return call
+
+
+def _has_foreach_mm(_: str) -> str:
+    if hasattr(torch, "_foreach_mm"):
+        return ""
+    return f"torch {torch.__version__} has no _foreach_mm"
+
+
+def _has_frobenius(_: str) -> str:
+    return "" if "frobenius" in PENALTIES else "the package has no penalty frobenius yet"
+
+
+REGULARISE = {
+    "orthoreg_ext": Way("add_gram_penalty_grad_", _in_place("so")),
+    "orthoreg_ext-autograd": Way("gram_penalty(...).sum().backward()", _autograd),
+    "orthoreg_ext-graph": Way(
+        "add_gram_penalty_grad_ in a CUDA graph", _captured(_in_place("so")), why_not=_needs_cuda
+    ),
+    "orthoreg_ext-l1": Way("add_gram_penalty_grad_", _in_place("orthoreg"), "orthoreg"),
+    "orthoreg_ext-frobenius": Way(
+        "add_gram_penalty_grad_", _in_place("frobenius"), "frobenius", _has_frobenius
+    ),
+    "orthoreg-repo": Way(
+        "as released: eye on the CPU, autograd, smaller side", orthoreg_repo, "orthoreg"
+    ),
+    "eager": Way("eye on the device, autograd, filters' side", eager),
+    "closed": Way("two mm a layer, filters' side", closed),
+    "closed-small": Way("two mm a layer, smaller side", closed_small),
+    "closed-small-graph": Way(
+        "closed-small in a CUDA graph", _captured(closed_small), why_not=_needs_cuda
+    ),
+    "compile": Way("torch.compile(eager, mode='reduce-overhead')", compiled),
+    "foreach_mm": Way("torch._foreach_mm, cast to bf16", foreach_mm, why_not=_has_foreach_mm),
+    "pyg-lib": Way("pyg_lib.ops.grouped_matmul, fp32", pyg_lib, why_not=needs("pyg_lib")),
+    "peft": Way("PEFT's AdaLoRA loop, autograd", peft, "frobenius"),
+}
+
+
+# ---- scores: weights whose .grad is set
+
+
+def _fused(dims: Sequence[int]) -> Callable[[list[Tensor]], Call]:
+    def prepare(weights: list[Tensor]) -> Call:
+        flat, grads = [w.detach() for w in weights], [w.grad for w in weights]
+
+        def call() -> None:
+            for dim in dims:
+                F.filter_scores(flat, grads, CRITERIA, dim=dim)  # type: ignore[arg-type]
+
+        return call
+
+    return prepare
+
+
+def _five(layers: Sequence[Tensor], grads: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    out = []
+    for weight, grad in zip(layers, grads, strict=True):
+        for dim in dims:
+            over = [d for d in range(weight.dim()) if d != dim]
+            product = weight * grad
+            out += [
+                weight.abs().sum(over),
+                weight.square().sum(over).sqrt(),
+                product.sum(over).abs(),
+                product.square().sum(over),
+                product.abs().sum(over),
+            ]
+    return out
+
+
+def _eager_scores(dims: Sequence[int], *, compile: bool = False) -> Callable[[list[Tensor]], Call]:
+    def prepare(weights: list[Tensor]) -> Call:
+        flat, grads = [w.detach() for w in weights], [w.grad for w in weights]
+        function = _five
+        if compile:
+            function = torch.compile(_five, mode="reduce-overhead", dynamic=False)
+        return lambda: (function(flat, grads, dims), None)[1]  # type: ignore[arg-type]
+
+    return prepare
+
+
+SCORE = {
+    "orthoreg_ext": Way("filter_scores", _fused((0,)), "dim 0"),
+    "orthoreg_ext-both": Way("filter_scores, twice", _fused((0, 1)), "both dims"),
+    "eager": Way("each criterion by its formula", _eager_scores((0,)), "dim 0"),
+    "eager-both": Way("each criterion by its formula", _eager_scores((0, 1)), "both dims"),
+    "compile-both": Way(
+        "torch.compile(eager-both, mode='reduce-overhead')",
+        _eager_scores((0, 1), compile=True),
+        "both dims",
+    ),
+}
+# What every other way of the same work is divided by.
+OURS = {
+    "so": "orthoreg_ext",
+    "orthoreg": "orthoreg_ext-l1",
+    "frobenius": "orthoreg_ext-frobenius",
+    "dim 0": "orthoreg_ext",
+    "both dims": "orthoreg_ext-both",
+}

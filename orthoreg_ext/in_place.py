@@ -1,0 +1,128 @@
+"""Gradients that the compiled operator writes straight into ``.grad``: once, or step after step."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from itertools import repeat
+from operator import is_
+
+import torch
+from torch import Tensor
+
+from .arguments import Layers, Sides
+from .penalties import Penalty
+from .reference import compute_dtype
+
+
+def written_in_place(original: list[Tensor], layers: Layers) -> list[bool]:
+    """Whether the operator writes the layer's gradients itself.
+
+    The others go through autograd: views and copies, frozen tensors, and tensors that several
+    layers share, which the operator's threads would update at the same time.
+    """
+    uses = Counter(id(t) for t in (*original, *layers.biases) if t.numel())
+    found = []
+    for i, weight in enumerate(original):
+        bias = layers.biases[i]
+        tensors = [weight, bias] if bias.numel() else [weight]
+        found.append(
+            layers.weights[i] is weight
+            and all(uses[id(t)] == 1 and _takes_grad(t) for t in tensors if t.numel())
+        )
+    return found
+
+
+def _takes_grad(tensor: Tensor) -> bool:
+    """Whether a gradient can be written into tensor.grad in the memory order of the tensor."""
+    if not (tensor.requires_grad and tensor.is_leaf):
+        return False
+    grad = tensor.grad
+    return grad is None or (
+        grad.dtype == tensor.dtype
+        and grad.layout is torch.strided
+        and grad.stride() == tensor.stride()
+    )
+
+
+def add_in_place(
+    namespace: str,
+    layers: Layers,
+    masks: list[Tensor],  # each bool [n] or empty, or none at all
+    penalty: Penalty,
+    sides: Sides,
+    scale: Tensor,  # [L]
+    precision: str,
+) -> Tensor:  # [L]
+    """Adds the gradients of layers that are written in place; returns their values."""
+    grads = []
+    for tensor in (*layers.weights, *layers.biases):
+        if tensor.numel() and tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
+        grads.append(tensor.grad if tensor.numel() else tensor)
+    count = len(layers.weights)
+    with torch.no_grad():
+        values: Tensor = getattr(torch.ops, namespace).add_gram_penalty_grad_(
+            layers.weights,
+            layers.biases,
+            masks,
+            grads[:count],
+            grads[count:],
+            scale.to(compute_dtype(layers.weights[0].dtype)),
+            layers.groups,
+            sides.columns,
+            sides.offsets,
+            penalty.name,
+            precision,
+        )
+    return values
+
+
+class PreparedPenalty:
+    """:func:`add_in_place` for every step: all that depends on shapes is checked and planned once.
+
+    The parameters may get new memory (through ``.data``) and new gradients between two steps.
+
+    Args:
+        namespace: the operators' in torch.ops.
+        layers: layers of one computing precision that are written in place, none of them empty.
+        penalty: a compiled penalty.
+        sides: the Gram matrix of each layer.
+        precision: a name of :data:`orthoreg_ext.precision.PRECISIONS`.
+    """
+
+    def __init__(
+        self, namespace: str, layers: Layers, penalty: Penalty, sides: Sides, precision: str
+    ) -> None:
+        operators = getattr(torch.ops, namespace)
+        self.dtype = compute_dtype(layers.weights[0].dtype)
+        self._parameters = [*layers.weights, *(b for b in layers.biases if b.numel())]
+        self._number = operators.prepare_gram_penalty(
+            layers.weights,
+            layers.biases,
+            [],
+            layers.groups,
+            sides.columns,
+            sides.offsets,
+            penalty.name,
+            precision,
+        )
+        self._operator = operators.add_prepared_gram_penalty_grad_
+        weakref.finalize(self, operators.release_prepared, self._number)
+
+    def add(self, scale: Tensor) -> bool:
+        """Adds the gradients of sum(scale * penalty), scale [L] in the computing precision.
+
+        Returns:
+            Whether it did. If not, no gradient has changed: a parameter has another form (shape,
+            memory order, type, device) than when it was prepared, or its ``.grad`` has another one
+            than the parameter.
+        """
+        grads = [parameter.grad for parameter in self._parameters]
+        if any(map(is_, grads, repeat(None))):
+            for parameter in self._parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            grads = [parameter.grad for parameter in self._parameters]
+        with torch.no_grad():
+            return bool(self._operator(self._number, grads, scale).numel())
