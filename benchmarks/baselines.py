@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.penalties import PENALTIES
 
@@ -61,6 +62,42 @@ def _in_place(penalty: str) -> Callable[[list[Tensor]], Call]:
 
 def _autograd(weights: list[Tensor]) -> Call:
     return lambda: F.gram_penalty(weights, "so").sum().backward()
+
+
+class _Still(torch.optim.Optimizer):
+    """An optimizer whose step is what is attached to it, and no more."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: object = None) -> None:
+        """Moves nothing."""
+
+
+def _model(weights: Sequence[Tensor]) -> nn.Module:
+    """Convolutions and linear layers with these weights, and their memory and gradients."""
+    layers = nn.ModuleList()
+    for weight in weights:
+        n, k, *window = weight.shape
+        layer = nn.Conv2d(k, n, window, bias=False) if window else nn.Linear(k, n, bias=False)
+        layer.weight = nn.Parameter(weight.detach())
+        layer.weight.grad = weight.grad
+        layers.append(layer)
+    return layers
+
+
+def attached(weights: list[Tensor]) -> Call:
+    """What reg.attach(optimizer) adds to a step, with all that it looks up there."""
+    with torch.device("meta"):  # the layers' own weights are never made
+        model = _model(weights)
+    regularizer = ox.OrthoRegularizer(model, "so", 1.0, layer_weights="uniform", include="*")
+    optimizer = _Still(list(model.parameters()))
+    regularizer.attach(optimizer)
+
+    def call() -> None:
+        optimizer.step()
+
+    return call
 
 
 def _captured(prepare: Callable[[list[Tensor]], Call]) -> Callable[[list[Tensor]], Call]:
@@ -212,6 +249,7 @@ def _has_frobenius(_: str) -> str:
 
 REGULARISE = {
     "orthoreg_ext": Way("add_gram_penalty_grad_", _in_place("so")),
+    "orthoreg_ext-attached": Way("a step after reg.attach(optimizer)", attached),
     "orthoreg_ext-autograd": Way("gram_penalty(...).sum().backward()", _autograd),
     "orthoreg_ext-graph": Way(
         "add_gram_penalty_grad_ in a CUDA graph", _captured(_in_place("so")), why_not=_needs_cuda

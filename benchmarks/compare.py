@@ -6,6 +6,7 @@
 Writes comparison.json and comparison.txt (or comparison-emulated.*) after every case, so that one
 that is stopped leaves what it measured. A ratio is the median over rounds of the baseline's time
 over the package's in the same round, for the same penalty and torch.set_float32_matmul_precision.
+`host us` is the median time until the Python call returns, without waiting for the GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 import orthoreg_ext as ox
 from benchmarks.baselines import OURS, REGULARISE, SCORE, Way
-from benchmarks.interleaved import Spread, measure
+from benchmarks.interleaved import Spread, host_seconds, measure
 from benchmarks.models import MODELS, flops_needed, random_weights, tiny
 from benchmarks.pruning_groups import GROUPS
 
@@ -36,7 +37,10 @@ WORK: dict[str, Mapping[str, Way]] = {
     "groups": GROUPS,
 }
 SLOW = ("orthoreg-repo", "eager", "closed", "foreach_mm", "pyg-lib")  # not for 6 Tflop
-ADALORA = ("orthoreg_ext-frobenius", "orthoreg_ext", "peft", "eager", "closed-small")
+ADALORA = (
+    *("orthoreg_ext-frobenius", "orthoreg_ext", "orthoreg_ext-attached"),
+    *("peft", "eager", "closed-small"),
+)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ def run_case(case: Case, device: str, budget: float) -> dict[str, Any]:
             "computes": ways[name].computes,
             "meaning": ways[name].meaning,
             "ms": asdict(Spread.of([1e3 * v for v in values])),
+            "host_us": 1e6 * host_seconds(calls[name], where),
             "rounds": len(values),
             "gradient_error": errors.get(name),
         }
@@ -150,19 +155,20 @@ def run_case(case: Case, device: str, budget: float) -> dict[str, Any]:
         rows[name] = row
     flops = flops_needed(shapes) if case.work == "regularise" else None
     found = {"rows": rows, "left_out": left_out, "failed": failed}
-    return {**asdict(case), "flops_needed": flops, **found}
+    return {**asdict(case), "layers": len(shapes), "flops_needed": flops, **found}
 
 
 def table(result: dict[str, Any]) -> str:
     """One case as text."""
-    lines = [Case(result["model"], result["work"], result["matmul"]).title]
-    head = ("way", "computes", "ms", "middle half", "x ours", "middle half", "gradient error")
-    lines.append("  {:23} {:10} {:>9} {:>19} {:>8} {:>15} {:>9}".format(*head))
+    title = Case(result["model"], result["work"], result["matmul"]).title
+    lines = [f"{title}, {result['layers']} layers"]
+    head = ("way", "computes", "ms", "middle half", "host us", "x ours", "middle half")
+    lines.append("  {:23} {:10} {:>9} {:>19} {:>9} {:>8} {:>15} {:>9}".format(*head, "grad error"))
     for name, row in result["rows"].items():
         ms, ratio, error = row["ms"], row.get("times_ours"), row["gradient_error"]
         lines.append(
             f"  {name:23} {row['computes']:10} {ms['median']:9.4f} "
-            f"{ms['low']:9.4f}-{ms['high']:<9.4f} "
+            f"{ms['low']:9.4f}-{ms['high']:<9.4f} {row['host_us']:9.1f} "
             + (
                 f"{ratio['median']:8.2f} {ratio['low']:7.2f}-{ratio['high']:<7.2f} "
                 if ratio

@@ -75,3 +75,29 @@ def measure(
         if number + 1 >= rounds[0] and now + (now - began) > start + budget:
             break
     return times
+
+
+def host_seconds(
+    call: Callable[[], object], device: str, *, budget: float = 0.2, least: int = 3, most: int = 50
+) -> float:
+    """The median time until the call returns, which on a GPU leaves the work to it.
+
+    Args:
+        call: warmed up.
+        device: ``"cuda"`` is idle before each call, so that none waits for a place in its queue;
+            anything else does the work in the call.
+        budget: seconds for all calls; at least `least` run whatever it says.
+        least: how many calls at least.
+        most: how many calls at most.
+    """
+    times: list[float] = []
+    stop = time.monotonic() + budget
+    while len(times) < least or (len(times) < most and time.monotonic() < stop):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return median(times)

@@ -10,68 +10,13 @@
 //   offsets     added to each layer's value
 //   pruned      empty, or one bool mask [groups * n] a layer, empty for none: filters that read as
 //               zeros, have no target and get no gradient
-//   precision   a name of common/precision.h; the CPU computes everything in the computing
-//   precision
+//   precision   a name of common/precision.h; the CPU computes all in the computing precision
 //
 // A prepared penalty is add_gram_penalty_grad_ with all but the gradients and the coefficients
 // given once (common/prepared.h): grads are those of the weights, then of the biases that are not
 // empty. The result is empty, and nothing is written, where a tensor is no longer what was
 // prepared.
-#include <map>
-#include <memory>
-
-#include "common/prepared.h"
 #include "common/registration.h"
-
-namespace orthoreg {
-namespace {
-
-struct Registry {
-  std::mutex mutex;
-  std::map<int64_t, std::shared_ptr<Prepared>> prepared;
-  int64_t last = 0;
-
-  // Never destroyed: at the end of the process the tensors' device may be gone before this is.
-  static Registry& get() {
-    static Registry& registry = *std::make_unique<Registry>().release();
-    return registry;
-  }
-};
-
-Tensor add_prepared(int64_t number, std::vector<Tensor> grads, Tensor coefficients) {
-  std::shared_ptr<Prepared> prepared;
-  {
-    Registry& registry = Registry::get();
-    const std::lock_guard<std::mutex> lock(registry.mutex);
-    const auto found = registry.prepared.find(number);
-    STD_TORCH_CHECK(
-        found != registry.prepared.end(), "prepared is ", number,
-        ", which no prepare_gram_penalty returned or which was released: prepare again");
-    prepared = found->second;
-  }
-  return prepared->add(grads, coefficients);
-}
-
-void release_prepared(int64_t number) {
-  std::shared_ptr<Prepared> last_reference;  // ends after the lock
-  Registry& registry = Registry::get();
-  const std::lock_guard<std::mutex> lock(registry.mutex);
-  const auto found = registry.prepared.find(number);
-  if (found == registry.prepared.end()) return;
-  last_reference = std::move(found->second);
-  registry.prepared.erase(found);
-}
-
-}  // namespace
-
-int64_t keep_prepared(std::unique_ptr<Prepared> prepared) {
-  Registry& registry = Registry::get();
-  const std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.prepared.emplace(++registry.last, std::move(prepared));
-  return registry.last;
-}
-
-}  // namespace orthoreg
 
 ORTHOREG_LIBRARY(ORTHOREG_NAMESPACE, m) {
   m.def(
@@ -102,9 +47,4 @@ ORTHOREG_LIBRARY(ORTHOREG_NAMESPACE, m) {
       "accumulate_fisher_(Tensor[] weights, Tensor[] grads, Tensor(a!)[] fisher, int[] groups, "
       "int dim, str[] criteria) -> Tensor");
   m.def("group_scores(Tensor[] scores, Tensor entries, Tensor starts, str reduction) -> Tensor");
-}
-
-ORTHOREG_LIBRARY_IMPL(ORTHOREG_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("add_prepared_gram_penalty_grad_", TORCH_BOX(&orthoreg::add_prepared));
-  m.impl("release_prepared", TORCH_BOX(&orthoreg::release_prepared));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from operator import is_
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .arguments import by_precision, check_layers, choose_sides, scale_of
+from .arguments import by_precision, check_layers, choose_sides
 from .backend import namespace_for
-from .in_place import PreparedPenalty, written_in_place
+from .in_place import PreparedPenalty, is_capturing, written_in_place
 from .penalties import get_penalty
 from .plan import Plan, Term
 from .precision import selected as selected_precision
@@ -90,11 +91,20 @@ class Settings(NamedTuple):
         return Settings(penalty, side, selected_precision(), namespaces)
 
 
+class Part(NamedTuple):
+    """Layers of a term that are treated alike."""
+
+    layers: list[int]  # of the term
+    coefficients: Tensor  # [L]
+    prepared: PreparedPenalty | None  # None: by the functional call
+
+
 class PreparedTerm:
     """A term on the parameters of one optimizer.
 
     Layers whose gradients the operator writes itself are prepared; the others (transposed and
     parametrized weights, shared and partly frozen layers) take the functional call at each step.
+    Each part has its coefficients on the device, so that a step copies nothing from the host.
 
     Args:
         term: the layers of one device.
@@ -111,51 +121,71 @@ class PreparedTerm:
         penalty = get_penalty(settings.penalty)
         taken = term.owned(owned)
         arguments = term.arguments(taken, owned)
-        self._layers = check_layers(**arguments)
-        self._taken = taken
-        self._coefficients = term.coefficients[taken]
-        sides = choose_sides(self._layers, penalty, settings.side)
+        layers = check_layers(**arguments)
+        sides = choose_sides(layers, penalty, settings.side)
         in_place = [False] * len(taken)
         if namespace is not None and penalty.compiled:
-            in_place = written_in_place(arguments["weights"], self._layers)
-        self._rest = [i for i, inside in enumerate(in_place) if not inside]
-        self._parts: list[tuple[list[int], PreparedPenalty]] = []
-        for same_precision in by_precision(self._layers):
+            in_place = written_in_place(arguments["weights"], layers)
+        rest = [layer for layer, inside in zip(taken, in_place, strict=True) if not inside]
+        self._parts: list[Part] = []
+        if rest:  # first: what the call refuses, it refuses before any gradient is written
+            factors = term.coefficients_of(rest, term.coefficients.dtype)
+            self._parts.append(Part(rest, factors, None))
+        for same_precision in by_precision(layers):
             part = [i for i in same_precision if in_place[i]]
             if part:
-                layers, sided = self._layers.take(part), sides.take(part)
                 prepared = PreparedPenalty(
-                    str(namespace), layers, penalty, sided, settings.precision
+                    str(namespace), layers.take(part), penalty, sides.take(part), settings.precision
                 )
-                self._parts.append((part, prepared))
+                mine = [taken[i] for i in part]
+                factors = term.coefficients_of(mine, prepared.dtype)
+                self._parts.append(Part(mine, factors, prepared))
         self._factor: float | None = None
-        self._scales: list[Tensor] = []
+        self._scales: list[Tensor] = []  # of the factor
+        self._is_kept = False
 
     def add(self, factor: float, grad_scale: Tensor | None) -> None:
         """Adds the gradient of factor (times grad_scale) times the term."""
+        device = self._term.coefficients.device
         strength: float | Tensor = factor
         if grad_scale is not None:
-            strength = grad_scale.to(self._coefficients.device) * factor
-        if self._rest:  # first: what it refuses, it refuses before any gradient is written
-            self._add_by_call(self._rest, strength)
-        if not self._parts:
-            return
-        if grad_scale is not None or factor != self._factor:
-            scale = scale_of(self._layers, strength, self._coefficients)
-            self._scales = [scale[part].to(prepared.dtype) for part, prepared in self._parts]
-            self._factor = factor if grad_scale is None else None
-        for (part, prepared), scale in zip(self._parts, self._scales, strict=True):
-            if not prepared.add(scale):
+            strength = grad_scale.to(device) * factor
+        for part, scale in zip(self._parts, self._scaled(device, strength), strict=True):
+            if part.prepared is None:
+                self._add_by_call(part.layers, scale)
+            elif not part.prepared.add(scale):
                 self.stale = True
-                self._add_by_call(part, strength)
+                self._add_by_call(part.layers, scale)
 
-    def _add_by_call(self, indices: list[int], strength: float | Tensor) -> None:
+    def _scaled(self, device: torch.device, strength: float | Tensor) -> list[Tensor]:
+        """The coefficients of each part times the strength."""
+        capturing = is_capturing(device)
+        if capturing:
+            self._keep_for_replays()
+        if capturing or isinstance(strength, Tensor):
+            # inside a capture nothing is computed yet, and a replay must not read what a later
+            # step replaces: it computes its own
+            return [part.coefficients * strength for part in self._parts]
+        if strength != self._factor:
+            self._scales = [part.coefficients * strength for part in self._parts]
+            self._factor = strength
+        return self._scales
+
+    def _keep_for_replays(self) -> None:
+        """Replays read the coefficients at any later time: they live as long as a parameter."""
+        if not self._is_kept:
+            parameter = self._term.layers[self._parts[0].layers[0]].weight_parameters()[0]
+            coefficients = [part.coefficients for part in self._parts]
+            weakref.finalize(parameter, coefficients.clear).atexit = False
+            self._is_kept = True
+
+    def _add_by_call(self, layers: list[int], scale: Tensor) -> None:
         functional.add_gram_penalty_grad_(
             penalty=self._settings.penalty,
-            strength=strength,
+            strength=1.0,
             side=self._settings.side,
-            coefficients=self._coefficients[indices],
-            **self._term.arguments([self._taken[i] for i in indices], self._owned),
+            coefficients=scale,
+            **self._term.arguments(layers, self._owned),
         )
 
 

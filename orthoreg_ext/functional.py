@@ -47,7 +47,7 @@ def _gather(parts: list[Tensor], indices: list[list[int]]) -> Tensor:  # [L]
     order = [i for part in indices for i in part]
     double = any(part.dtype == torch.float64 for part in parts)
     joined = torch.cat([part.double() if double else part for part in parts])
-    return joined[torch.tensor([order.index(i) for i in range(len(order))], device=joined.device)]
+    return _rows(joined, sorted(range(len(order)), key=order.__getitem__))
 
 
 def gram(
@@ -272,8 +272,19 @@ def add_gram_penalty_grad_(
 
 
 def _rows(tensor: Tensor, indices: list[int]) -> Tensor:
-    """Some entries of a tensor; all of them in order are not copied."""
-    return tensor if indices == list(range(len(tensor))) else tensor[indices]
+    """Some entries of a tensor, at least one; a run of neighbours is not copied.
+
+    No tensor of indices is made: it would have to be copied from the host, which waits for a GPU
+    and which no CUDA graph can capture.
+    """
+    runs: list[list[int]] = []  # [first, behind the last]
+    for i in indices:
+        if runs and runs[-1][1] == i:
+            runs[-1][1] = i + 1
+        else:
+            runs.append([i, i + 1])
+    pieces = [tensor[first:behind] for first, behind in runs]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def filter_correlation(weights: Sequence[Tensor]) -> list[Tensor]:  # each [n, n]

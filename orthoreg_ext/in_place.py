@@ -15,6 +15,11 @@ from .penalties import Penalty
 from .reference import compute_dtype
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched there now goes into a CUDA graph; does not initialise CUDA."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def written_in_place(original: list[Tensor], layers: Layers) -> list[bool]:
     """Whether the operator writes the layer's gradients itself.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import unknown_name
+from .in_place import is_capturing
 from .layers import FilterLayer, SkippedLayer, inspect_layers
 
 Selector = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -64,6 +65,17 @@ class Term:
             if self._owns_weight(i, parameters)
             or (self.with_bias[i] and id(layer.bias) in parameters)
         ]
+
+    def coefficients_of(self, indices: Sequence[int], dtype: torch.dtype) -> Tensor:  # [L]
+        """The coefficients of some layers, on the device; to be kept, for they may be copied there.
+
+        Raises:
+            RuntimeError: they have to be copied while a CUDA graph is captured.
+        """
+        ordered = list(indices) == list(range(len(self.layers)))
+        if ordered and dtype == self.coefficients.dtype:
+            return self.coefficients
+        return _on_device([self.factors[i] for i in indices], dtype, self.coefficients.device)
 
     def _owns_weight(self, i: int, parameters: set[int]) -> bool:
         return any(id(p) in parameters for p in self.layers[i].weight_parameters())
@@ -149,7 +161,7 @@ class Selection:
                 columns=[self._gram_size(taken[i])[1] for i in indices],
                 with_bias=[self._takes_bias(taken[i]) for i in indices],
                 factors=[factors[i] for i in indices],
-                coefficients=_on_device([factors[i] for i in indices], taken, device),
+                coefficients=_on_device([factors[i] for i in indices], _widest(taken), device),
             )
             for device, indices in by_device.items()
         ]
@@ -216,12 +228,19 @@ class Selection:
                     )
 
 
-def _on_device(
-    factors: list[float], layers: list[FilterLayer], device: torch.device
-) -> Tensor:  # [L]
-    """The factors in the widest precision of the layers."""
+def _widest(layers: list[FilterLayer]) -> torch.dtype:
+    """The widest computing precision of the layers."""
     double = any(p.dtype == torch.float64 for layer in layers for p in layer.weight_parameters())
-    return torch.tensor(factors, dtype=torch.float64 if double else torch.float32).to(device)
+    return torch.float64 if double else torch.float32
+
+
+def _on_device(factors: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:  # [L]
+    if is_capturing(device):
+        raise RuntimeError(
+            "the factors of the layers cannot be copied to the GPU while a CUDA graph is captured: "
+            "run a step like the captured one before the capture"
+        )
+    return torch.tensor(factors, dtype=dtype).to(device)
 
 
 def is_factor(value: object) -> bool:

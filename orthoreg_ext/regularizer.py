@@ -150,6 +150,14 @@ class OrthoRegularizer:
         each; `every` and `schedule` count the steps of each by itself. Under a GradScaler whose
         fused optimizer unscales by itself the term is scaled alike.
 
+        A step copies nothing from the host and waits for no GPU, but for the first one after the
+        layers have changed. So it can be captured in a CUDA graph, after a step like it. A graph
+        repeats what was captured: the factor that `strength`, `schedule` and `every` gave in that
+        step (replays count no steps), under a loss scale that is read anew, the layers, and the
+        memory of parameters and gradients. Capture again after any of them was replaced or moved,
+        and where the factor shall change. Steps outside of the graph, and whatever becomes of this
+        object, do not disturb it.
+
         Returns:
             An object whose ``remove()`` detaches.
 
@@ -268,7 +276,7 @@ class OrthoRegularizer:
             raise ValueError(
                 f"schedule({step}) gave {factor!r}, expected a finite number of at least 0"
             )
-        return self.strength * self.every * factor
+        return self.strength * self.every * float(factor)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is attached to no optimizer; see :meth:`state_dict` for resuming."""

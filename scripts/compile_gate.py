@@ -1,4 +1,4 @@
-"""Checks what ptxas reported of every CUDA kernel: registers, shared memory, spills.
+"""Checks what ptxas reported of every CUDA kernel: registers, shared memory, stack frames, spills.
 
     python scripts/compile_gate.py [BUILD_FOLDER] [--out FILE]
 
@@ -8,7 +8,8 @@ cmake/keep_ptxas_report.py), prints a table of kernels and architectures, and fa
 - a .cu file of csrc/cuda, or an architecture of cmake/OrthoregCuda.cmake that nvcc knows, has no
   report, so that nothing passes unseen;
 - a kernel spills registers, or ptxas warns;
-- a kernel uses more registers a thread than LIMITS grants it, or a row of LIMITS names no kernel.
+- a kernel uses more registers a thread than LIMITS grants it, or a larger stack frame (local
+  memory) than STACKS does, or a row of one of them names no kernel.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ LIMITS: tuple[tuple[str, int], ...] = (
     (r"Tensor\w*<64\b", 128),  # 4 warps, 4 blocks a multiprocessor
     (r"", 255),  # what the hardware has
 )
+# Bytes of local memory a thread, found alike: an array with a computed index lies there, not in
+# registers.
+STACKS: tuple[tuple[str, int], ...] = (
+    (r"^finish_scores_kernel\b", 64),  # its sums, a loop over criteria picks from them: 56
+    (r"", 0),
+)
 
 ENTRY = re.compile(r"ptxas info\s*: Compiling entry function '(\w+)' for 'sm_(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -44,6 +51,7 @@ class Kernel:
     architecture: str
     registers: int = -1
     shared: int = 0  # bytes, static
+    stack: int = 0  # bytes of local memory a thread, what is spilled included
     spilled: int = 0  # bytes stored and loaded
 
 
@@ -63,6 +71,7 @@ def parse(text: str) -> tuple[list[Kernel], list[str]]:
         elif WARNING.search(line):
             warnings.append(line.strip())
         elif kernels and kernels[-1].registers < 0 and (spills := SPILLS.search(line)):
+            kernels[-1].stack = int(spills[1])
             kernels[-1].spilled = int(spills[2]) + int(spills[3])
     if unfinished := [k.name for k in kernels if k.registers < 0]:
         raise ValueError(f"no registers are reported of {unfinished[0]}: the report is cut off")
@@ -105,6 +114,7 @@ def problems(
     warnings: list[str],
     architectures: Iterable[str],
     limits: tuple[tuple[str, int], ...] = LIMITS,
+    stacks: tuple[tuple[str, int], ...] = STACKS,
 ) -> list[str]:
     """What is wrong, one line each."""
     found = [f"warning: {line}" for line in warnings]
@@ -114,32 +124,40 @@ def problems(
             found.append(f"{where} spills {kernel.spilled} bytes")
         if kernel.registers > (limit := limit_of(kernel.name, limits)):
             found.append(f"{where} uses {kernel.registers} registers, allowed {limit}")
+        if kernel.stack > (limit := limit_of(kernel.name, stacks)):
+            found.append(f"{where} has a stack frame of {kernel.stack} bytes, allowed {limit}")
     for name in dict.fromkeys(k.name for k in kernels):
         has = {k.architecture for k in kernels if k.name == name}
         if missing := [a for a in architectures if a not in has]:
             found.append(f"{name} is not reported on sm_{', sm_'.join(missing)}")
-    for expression, _ in limits:
-        if not any(re.search(expression, k.name) for k in kernels):
-            found.append(f"the row {expression!r} of LIMITS names no kernel: was it renamed?")
+    for name, rows in (("LIMITS", limits), ("STACKS", stacks)):
+        for expression, _ in rows:
+            if not any(re.search(expression, k.name) for k in kernels):
+                found.append(f"the row {expression!r} of {name} names no kernel: was it renamed?")
     return found
 
 
 def table(kernels: list[Kernel], architectures: list[str]) -> str:
-    """Kernels down, architectures across: registers, shared bytes where they differ, spills."""
+    """Kernels down, architectures across: registers, the most shared and stack bytes, spills."""
     cells = {(k.name, k.architecture): k for k in kernels}
     names = list(dict.fromkeys(k.name for k in kernels))
     width = max((len(n) for n in names), default=6)
     lines = [
-        f"{'kernel':{width}} {'smem':>6} " + " ".join(f"{'sm_' + a:>6}" for a in architectures)
+        f"{'kernel':{width}} {'smem':>6} {'stack':>6} "
+        + " ".join(f"{'sm_' + a:>6}" for a in architectures)
     ]
     for name in names:
         row = [cells.get((name, a)) for a in architectures]
-        shared = max(k.shared for k in row if k) if any(row) else 0
+        shared = max((k.shared for k in row if k), default=0)
+        stack = max((k.stack for k in row if k), default=0)
         text = [
             f"{'-' if k is None else str(k.registers) + ('!' if k.spilled else ''):>6}" for k in row
         ]
-        lines.append(f"{name:{width}} {shared:6} " + " ".join(text))
-    return "\n".join([*lines, "registers a thread, ! where they spill; smem: static bytes a block"])
+        lines.append(f"{name:{width}} {shared:6} {stack:6} " + " ".join(text))
+    legend = (
+        "registers a thread, ! where they spill; smem: static bytes a block; stack: bytes a thread"
+    )
+    return "\n".join([*lines, legend])
 
 
 def expected_architectures() -> list[str]:

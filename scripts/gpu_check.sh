@@ -8,24 +8,30 @@
 #   build       a virtual environment that sees this Python's packages, the package for this GPU
 #   info        nvidia-smi, orthoreg info
 #   exercise    every operator on ragged and large layers against the reference
-#   pytest      the whole test suite on the GPU
-#   emu         the PTX wrappers and instructions of the emulator, on the GPU
-#   sanitizers  compute-sanitizer: memcheck, racecheck, initcheck, synccheck, on small layers
 #   properties  same bits always, no call waits for the GPU, CUDA graphs
 #   probes      what the hardware gives: tensor cores, L2, memory, launches
 #   bench       the package beside every baseline of benchmarks/baselines.py
+#   pytest      the whole test suite on the GPU
+#   emu         the PTX wrappers and instructions of the emulator, on the GPU
+#   sanitizers  compute-sanitizer: memcheck, racecheck, initcheck, synccheck, on small layers
 #
+# They run in this order: right numbers first, then the benchmark, then what takes longest.
 # PYTHON is a Python with a torch that has CUDA. Packages that it lacks may lie as wheels in the
 # folder $GPU_WHEELS. Results go to $OUT, or build/gpu-check (build/emulated-check where EMULATED);
-# exits non-zero if a stage failed, or if there is no GPU. TOTAL_SECONDS bounds the whole: a stage for
-# which no time is left is left out and says so, and `bench` takes what is left.
+# exits non-zero if a stage failed or was left out, or if there is no GPU. TOTAL_SECONDS bounds the
+# whole. Each stage has a share of it, and what those before it did not use; one for which no time is
+# left says "LEFT OUT: no time", and a second call with STAGES finishes the rest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 emulated=${EMULATED:-}
 [ "$emulated" = 0 ] && emulated=
 out=${OUT:-build/$([ -n "$emulated" ] && echo emulated || echo gpu)-check}
-stages=${STAGES:-build info exercise pytest emu sanitizers properties probes bench}
+order="build info exercise properties probes bench pytest emu sanitizers"
+stages=${STAGES:-$order}
+# Seconds: 500 of the 520, as something runs between the stages too.
+declare -A share=([build]=150 [info]=15 [exercise]=40 [properties]=30 [probes]=25 [bench]=90
+  [pytest]=75 [emu]=25 [sanitizers]=50)
 # Of the emulator's, nobody shall take a result for one of a GPU.
 suffix=${emulated:+-emulated}
 flag=${emulated:+--emulated}
@@ -47,13 +53,10 @@ if [ -z "$emulated" ]; then
   fi
 fi
 for stage in $stages; do
-  case $stage in
-    build | info | exercise | pytest | emu | sanitizers | properties | probes | bench) ;;
-    *)
-      echo "gpu-check: there is no stage '$stage'; they are listed in scripts/gpu_check.sh" >&2
-      exit 1
-      ;;
-  esac
+  if [ -z "${share[$stage]:-}" ]; then
+    echo "gpu-check: there is no stage '$stage'; they are listed in scripts/gpu_check.sh" >&2
+    exit 1
+  fi
 done
 mkdir -p "$out"
 summary=$out/summary$suffix.txt
@@ -65,20 +68,42 @@ time_left() { echo $((total - SECONDS)); }
 note() { echo "$*" | tee -a "$summary"; }
 wanted() { case " $stages " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
-# step NAME SECONDS COMMAND...: runs it for so long at most, keeps its output in NAME.log, notes the
+left_out=()
+
+# limit_of STAGE: the seconds it may take: its share, or more where the shares of the wanted stages
+# after it leave more; never more than there is.
+limit_of() {
+  local later=0 after='' stage
+  for stage in $order; do
+    if [ -n "$after" ] && wanted "$stage"; then later=$((later + share[$stage])); fi
+    [ "$stage" = "$1" ] && after=yes
+  done
+  local left limit
+  left=$(time_left)
+  limit=$((left - later))
+  [ "$limit" -ge "${share[$1]}" ] || limit=${share[$1]}
+  echo $((limit < left ? limit : left))
+}
+
+# has_time STAGE: whether it is worth starting; notes it where not.
+has_time() {
+  [ "$(limit_of "$1")" -lt 10 ] || return 0
+  failed=1
+  left_out+=("$1")
+  note "$1: LEFT OUT: no time, $(limit_of "$1") s of the $total s of TOTAL_SECONDS are left"
+  return 1
+}
+
+# step STAGE COMMAND...: runs it for as long as it may take, keeps its output in STAGE.log, notes the
 # outcome; what comes after runs whatever it is.
 step() {
-  local name=$1 limit=$2 start=$SECONDS status=0 log
-  shift 2
+  local name=$1 limit start=$SECONDS status=0 log
+  shift
   log=$out/$name$suffix.log
-  [ "$limit" -le "$(time_left)" ] || limit=$(time_left)
-  if [ "$limit" -lt 10 ]; then
-    failed=1
-    note "$name: LEFT OUT, the $total s of TOTAL_SECONDS are over"
-    return 1
-  fi
-  echo "==> $name"
-  timeout --kill-after=10 "$limit" "$@" >"$log" 2>&1 || status=$?
+  has_time "$name" || return 1
+  limit=$(limit_of "$name")
+  echo "==> $name, at most $limit s"
+  timeout --kill-after=5 "$limit" "$@" >"$log" 2>&1 || status=$?
   [ $status -eq 0 ] || failed=1
   tail -n "$([ $status -eq 0 ] && echo 4 || echo 60)" "$log"
   local outcome="exit $status"
@@ -96,9 +121,15 @@ make_environment() {
   fi
 }
 
+# In an environment of its own, which is made where it is missing.
+build() {
+  [ -x "$py" ] || make_environment || return 1
+  MAX_JOBS=$jobs "$py" -m pip install -v --no-index --no-deps --no-build-isolation -e .
+}
+
 sanitizers() {
-  local sanitizer running=() tool pid status bad=0 text limit=110 filter
-  [ "$limit" -le "$(time_left)" ] || limit=$(time_left)
+  local sanitizer running=() tool pid status bad=0 text limit filter
+  limit=$(limit_of sanitizers)
   sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
   if [ ! -x "$sanitizer" ]; then
     note "sanitizers: left out, compute-sanitizer is not installed"
@@ -108,7 +139,7 @@ sanitizers() {
   for tool in memcheck racecheck initcheck synccheck; do
     filter=(--kernel-name kns=orthoreg)
     [ $tool = initcheck ] && filter=()
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=10 "$limit" "$sanitizer" \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 "$limit" "$sanitizer" \
       --tool "$tool" "${filter[@]}" --error-exitcode 1 \
       "$py" scripts/gpu_exercise.py --quick >"$out/sanitizer-$tool.log" 2>&1 &
     running+=("$tool:$!")
@@ -133,16 +164,12 @@ sanitizers() {
 note "---- $(date -u +%FT%TZ) stages: $stages${emulated:+ (EMULATED: no GPU was used)}"
 if wanted build; then
   if [ -n "$emulated" ]; then
-    step build 600 "$py" -m tests.emu.build || exit 1
+    step build "$py" -m tests.emu.build || exit 1
   else
-    if [ ! -x "$py" ]; then
-      export python venv py
-      export -f make_environment
-      step environment 120 bash -c make_environment || exit 1
-    fi
     export ORTHOREG_CUDA=ON CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-native}
-    MAX_JOBS=$jobs step build 200 \
-      "$py" -m pip install -v --no-index --no-deps --no-build-isolation -e . || exit 1
+    export python venv py jobs
+    export -f make_environment build
+    step build bash -c build || exit 1
   fi
 fi
 if [ ! -x "$py" ]; then
@@ -151,7 +178,7 @@ if [ ! -x "$py" ]; then
 fi
 if wanted info; then
   [ -n "$emulated" ] || nvidia-smi >"$out/nvidia-smi.txt" 2>&1 || true
-  step info 60 "$py" -c 'import json, orthoreg_ext as ox; print(json.dumps(ox.build_info(), indent=1))' ||
+  step info "$py" -c 'import json, orthoreg_ext as ox; print(json.dumps(ox.build_info(), indent=1))' ||
     true
 fi
 if [ -z "$emulated" ] &&
@@ -160,7 +187,21 @@ if [ -z "$emulated" ] &&
   exit 1
 fi
 if wanted exercise; then
-  step exercise 90 "$py" scripts/gpu_exercise.py $flag ${emulated:+--quick} || true
+  step exercise "$py" scripts/gpu_exercise.py $flag ${emulated:+--quick --large} || true
+fi
+if wanted properties; then
+  step properties "$py" scripts/gpu_properties.py $flag || true
+fi
+if wanted probes; then
+  step probes "$py" scripts/gpu_probes.py $flag --out "$out/probes$suffix.json" || true
+fi
+if wanted bench; then
+  # A case that is under way when its time is over still finishes.
+  seconds=$(limit_of bench)
+  seconds=$((seconds < 230 ? seconds * 2 / 3 : 150))
+  [ -n "$emulated" ] && seconds=10
+  device=$([ -n "$emulated" ] && echo emulated || echo cuda)
+  step bench "$py" -m benchmarks.compare --device "$device" --budget "$seconds" --out "$out" || true
 fi
 if wanted pytest; then
   selected=(tests --ignore=tests/emu -k "cuda or gpu")
@@ -173,36 +214,28 @@ if wanted pytest; then
   if "$py" -c 'import xdist' 2>/dev/null; then
     selected+=(-n "$((jobs < 8 ? jobs : 8))")
   fi
-  step pytest 180 "$py" -m pytest -q "${selected[@]}" -p no:cacheprovider -p no:benchmark \
+  step pytest "$py" -m pytest -q "${selected[@]}" -p no:cacheprovider -p no:benchmark \
     --junitxml="$out/pytest$suffix.xml" || true
 fi
 if wanted emu; then
   marked=(-m gpu tests/emu/test_wrappers.py tests/emu)
   [ -n "$emulated" ] && marked=(tests/emu/test_wrappers.py)
-  step emu 90 "$py" -m pytest -q "${marked[@]}" -p no:cacheprovider -p no:benchmark || true
+  step emu "$py" -m pytest -q "${marked[@]}" -p no:cacheprovider -p no:benchmark || true
 fi
 if wanted sanitizers; then
   if [ -n "$emulated" ]; then
-    step sanitizers 60 "$py" scripts/gpu_exercise.py --quick --emulated || true
-  else
-    echo "==> sanitizers"
+    step sanitizers "$py" scripts/gpu_exercise.py --quick --emulated || true
+  elif has_time sanitizers; then
+    echo "==> sanitizers, at most $(limit_of sanitizers) s"
     sanitizers || failed=1
   fi
 fi
-if wanted properties; then
-  step properties 60 "$py" scripts/gpu_properties.py $flag || true
-fi
-if wanted probes; then
-  step probes 60 "$py" scripts/gpu_probes.py $flag --out "$out/probes$suffix.json" || true
-fi
-if wanted bench; then
-  # A case that is under way when its time is over still finishes.
-  seconds=$([ -n "$emulated" ] && echo 10 || echo $(($(time_left) > 60 ? $(time_left) - 50 : 10)))
-  device=$([ -n "$emulated" ] && echo emulated || echo cuda)
-  step bench 600 \
-    "$py" -m benchmarks.compare --device "$device" --budget "$seconds" --out "$out" || true
-fi
-tar -czf "$out/all$suffix.tar.gz" --exclude='*.tar.gz' -C "$out" .
+archive=$(mktemp) # elsewhere: tar fails where the folder changes that it reads
+tar -czf "$archive" --exclude='*.tar.gz' -C "$out" .
+mv "$archive" "$out/all$suffix.tar.gz"
 echo "==> gpu-check: results in $out, together in all$suffix.tar.gz"
 cat "$summary"
+if [ ${#left_out[@]} -gt 0 ]; then
+  echo "==> gpu-check: for the rest: STAGES=\"${left_out[*]}\" scripts/gpu_check.sh"
+fi
 exit $failed

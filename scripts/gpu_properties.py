@@ -3,8 +3,15 @@
     python scripts/gpu_properties.py [--emulated]
 
 - the same call gives the same bits twenty times, between other kernels and on other streams;
-- no call waits for the GPU (torch.cuda.set_sync_debug_mode("error"));
-- a captured graph replays to the same bits, also after the weights changed.
+- no call waits for the GPU (torch.cuda.set_sync_debug_mode("error")); this mode sees only the
+  synchronisations of torch itself: a cudaStreamSynchronize or a cudaMalloc of the kernels' own
+  launchers would pass, and is for the capture below to find, which refuses both;
+- a captured graph replays to the same bits, also after the weights changed;
+- a captured step of an attached regulariser replays to the same bits after steps with another
+  factor and after the regulariser is gone.
+
+All but the last are asked of the operators and of the attached route (`reg.attach(optimizer)`),
+with a constant factor, with one that changes from step to step, and with a loss scale besides.
 
 --emulated runs the first on the emulator, in several schedules; the others need a GPU.
 """
@@ -12,6 +19,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -31,6 +39,7 @@ MIXED = [*SMALL, (70, 1200), (130, 65)]
 LARGE = [*MIXED, (2048, 2048), (512, 4608)]
 MODES = ("ieee", "3xtf32", "mixed", "mixed-bf16", "tf32", "bf16")
 CRITERIA = ("l1", "l2", "taylor", "taylor_sq")
+FACTORS = ("a constant factor", "a schedule", "a schedule and a loss scale")
 Call = Callable[[], "list[Tensor]"]
 
 
@@ -153,6 +162,104 @@ def regularizer(device: str) -> Call:
     return lambda: list(torch.autograd.grad(reg(), model[0].weight))
 
 
+def network(device: str) -> nn.Sequential:
+    """Layers that are written in place, in both precisions, and some that are not.
+
+    The transposed convolution goes through autograd, and so does the layer with a frozen bias.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.ConvTranspose2d(16, 8, 2),
+        nn.Conv2d(16, 32, 3, groups=2),
+        nn.Conv2d(8, 24, 3),
+        nn.Linear(64, 32).double(),
+        nn.Linear(300, 130),
+        nn.Linear(130, 10),
+    ).to(device)
+    model[3].bias.requires_grad_(False)
+    return model
+
+
+def attach(
+    model: nn.Sequential, factor: str = FACTORS[0]
+) -> tuple[ox.OrthoRegularizer, torch.optim.Optimizer, Call]:
+    """A regulariser on an optimizer, and two of its steps, which leave the weights as they are.
+
+    The factor is 1 in both, or with a schedule 1 in the first and 2 in the second.
+    """
+    schedule = None if factor == FACTORS[0] else lambda step: 1.0 + step % 2
+    reg = ox.OrthoRegularizer(model, strength=1.0, schedule=schedule)
+    stepped = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(stepped, lr=0.0, fused=True)
+    if factor == FACTORS[2]:  # as a GradScaler leaves it for a fused optimizer
+        optimizer.grad_scale = torch.full((), 4.0, device=stepped[0].device)
+    reg.attach(optimizer)
+    for parameter in stepped:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def steps() -> list[Tensor]:
+        grads = [p.grad for p in stepped if p.grad is not None]
+        for grad in grads:
+            grad.zero_()
+        optimizer.step()
+        optimizer.step()
+        return grads
+
+    return reg, optimizer, steps
+
+
+def outlives_what_made_it(device: str) -> bool:
+    """Whether a captured step replays to the same bits after other steps, and with no regulariser.
+
+    Nothing of what the replay reads may be memory that those have freed or written.
+    """
+    model = network(device)
+    reg, optimizer, steps = attach(model)
+    first = copied(steps())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        steps()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = steps()
+
+    def agrees() -> bool:
+        torch.cuda.synchronize()
+        noise = [torch.full((n,), float("nan"), device=device) for n in [*range(1, 64)] * 8]
+        del noise  # whatever was freed reads as NaN now
+        graph.replay()
+        return same(copied(captured), first)
+
+    agree = agrees()
+    reg.strength = 3.0
+    steps()  # another factor
+    agree = agree and agrees()
+    with precision("ieee"):
+        steps()  # prepared anew
+    agree = agree and agrees()
+    for attachment in list(reg._attached.values()):
+        attachment.remove()
+    del reg, optimizer, steps, attachment
+    gc.collect()
+    return agree and agrees()
+
+
+def captured_first(device: str) -> bool:
+    """Whether eager steps are right when the first one with their factor was inside a capture."""
+    reg, _, steps = attach(network(device))
+    want = copied(steps())
+    reg.strength = 2.0
+    steps()
+    torch.cuda.synchronize()
+    reg.strength = 1.0
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # never replayed
+        steps()
+    return same(copied(steps()), want)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--emulated", action="store_true", help="without a GPU, on the emulator")
@@ -180,8 +287,19 @@ def main() -> int:
                         if not emulated:
                             check(does_not_wait(call), f"does not wait: {what}")
                             check(replays(call, weights), f"CUDA graph: {what}")
+            for factor in FACTORS:
+                model = network(device)
+                _, _, steps = attach(model, factor)
+                with precision(mode):
+                    what = f"attached with {factor}, {mode}"
+                    check(repeats(steps, device), f"the same bits: {what}")
+                    if not emulated:
+                        check(does_not_wait(steps), f"does not wait: {what}")
+                        check(replays(steps, list(model.parameters())), f"CUDA graph: {what}")
         if not emulated:
             check(does_not_wait(regularizer(device)), "does not wait: OrthoRegularizer()")
+            check(outlives_what_made_it(device), "CUDA graph: outlives other steps and its maker")
+            check(captured_first(device), "CUDA graph: does not disturb later steps")
     print(f"{len(failed)} failed" + "; streams and graphs need a GPU" * emulated)
     return 1 if failed else 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,13 @@ import orthoreg_ext as ox
 import orthoreg_ext.functional as functional
 from benchmarks import compare
 from benchmarks.baselines import OURS, REGULARISE, SCORE
-from benchmarks.interleaved import Spread, measure
+from benchmarks.interleaved import Spread, host_seconds, measure
 from benchmarks.models import MODELS, QUICK, flops_needed, random_weights, tiny
 from orthoreg_ext.build_info import compiled, reason
+from tests.test_compile_gate import script
 
 ROOT = Path(__file__).resolve().parent.parent
+exercise = script("scripts/gpu_exercise.py")
 # These compile with inductor, for which a test has no time; scripts/gpu_check.sh runs them.
 SLOW = ("compile", "compile-both")
 # Of the gradient in float32; bf16 keeps two digits.
@@ -36,7 +39,7 @@ def _default_precision() -> object:
 
 def test_the_baselines_have_the_names_that_are_promised() -> None:
     named = {"orthoreg-repo", "eager", "closed", "closed-small", "compile", "foreach_mm", "pyg-lib"}
-    assert named <= set(REGULARISE)
+    assert named | {"orthoreg_ext", "orthoreg_ext-attached"} <= set(REGULARISE)
     assert set(OURS.values()) <= set(REGULARISE) | set(SCORE)
     assert {way.computes for way in (*REGULARISE.values(), *SCORE.values())} == set(OURS)
 
@@ -79,6 +82,45 @@ def test_calls_are_timed_in_turn() -> None:
     assert Spread.of([1.0, 2.0, 3.0]).median == 2.0
 
 
+def test_attaching_plans_once_and_adds_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        pytest.skip(reason)
+    weights = random_weights(tiny(), "cpu")
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+
+    def planned_again(*_: object, **__: object) -> None:
+        raise AssertionError("it took the call that plans")
+
+    monkeypatch.setattr(functional, "add_gram_penalty_grad_", planned_again)
+    with ox.backend("cpu"):
+        call = REGULARISE["orthoreg_ext-attached"].prepare(weights)
+        call()
+        once = [w.grad.clone() for w in weights]
+        call()
+    assert (
+        compare.relative_error([w.grad for w in weights], [2.0 * g.double() for g in once]) < 1e-6
+    )
+
+
+def test_the_host_time_is_a_median_of_some_calls() -> None:
+    seen: list[int] = []
+    assert 0 < host_seconds(lambda: seen.append(1), "cpu", budget=0.0) < 1
+    assert len(seen) == 3
+    host_seconds(lambda: seen.append(1), "cpu", budget=60.0, most=10)
+    assert len(seen) == 13
+
+
+def test_the_exercise_compares_signs_only_where_they_are_certain() -> None:
+    runs = [*exercise.quick_runs(), *exercise.all_runs(emulated=False)]
+    signed = {(r.dtype, r.shapes) for r in runs if r.shapes and "orthoreg" in r.penalties}
+    assert (torch.float32, exercise.SMALL) in signed
+    assert not any(shapes == exercise.LARGE for _, shapes in signed)
+    for dtype, shapes in signed:
+        nearest = exercise.nearest_to_zero(exercise.random_layers(shapes, dtype, "cpu", 0))
+        assert nearest > (1e-12 if dtype == torch.float64 else exercise.CERTAIN), (dtype, shapes)
+
+
 def test_a_case_is_a_table_with_ratios_and_errors() -> None:
     if not compiled:
         pytest.skip(reason)
@@ -89,10 +131,13 @@ def test_a_case_is_a_table_with_ratios_and_errors() -> None:
     assert result["failed"] == []
     row = result["rows"]["eager"]
     assert row["times_ours"]["median"] > 0
+    assert row["host_us"] > 0
+    assert result["layers"] == len(tiny())
     assert 0 < row["gradient_error"] < 1e-5
     assert "times_ours" not in result["rows"]["orthoreg_ext"]
     text = compare.table(result)
     assert "orthoreg_ext-graph" in text
+    assert "host us" in text
     assert json.loads(json.dumps(result)) == result | {"ways": list(case.ways)}
 
 
@@ -146,4 +191,16 @@ def test_gpu_check_runs_chosen_stages_and_marks_what_is_emulated(tmp_path: Path)
 def test_gpu_check_leaves_out_what_it_has_no_time_for(tmp_path: Path) -> None:
     done = gpu_check(tmp_path, EMULATED="1", STAGES="info", TOTAL_SECONDS="5")
     assert done.returncode == 1
-    assert "info: LEFT OUT" in (tmp_path / "summary-emulated.txt").read_text()
+    assert "info: LEFT OUT: no time" in (tmp_path / "summary-emulated.txt").read_text()
+    assert 'for the rest: STAGES="info"' in done.stdout
+
+
+def test_the_shares_of_all_stages_fit_into_the_total() -> None:
+    text = (ROOT / "scripts" / "gpu_check.sh").read_text()
+    shares = {name: int(value) for name, value in re.findall(r"\[(\w+)\]=(\d+)", text)}
+    order = re.search(r'^order="([\w ]+)"$', text, re.MULTILINE)
+    total = re.search(r"echo 3600 \|\| echo (\d+)\)", text)
+    assert order is not None
+    assert total is not None
+    assert sorted(shares) == sorted(order[1].split())
+    assert sum(shares.values()) + 20 <= int(total[1])

@@ -1,4 +1,4 @@
-"""scripts/compile_gate.py sees a spill, a warning, too many registers and what is missing."""
+"""scripts/compile_gate.py sees a spill, a stack frame, a warning, too many registers, gaps."""
 
 from __future__ import annotations
 
@@ -26,39 +26,42 @@ def script(path: str) -> ModuleType:
 gate = script("scripts/compile_gate.py")
 
 
-def report(registers: int = 96, spilled: int = 0, architecture: str = "90") -> str:
+def report(
+    registers: int = 96, spilled: int = 0, architecture: str = "90", stack: tuple[int, int] = (8, 0)
+) -> str:
     """What ptxas -v prints of two kernels."""
     return f"""\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z5firstPf' for 'sm_{architecture}'
 ptxas info    : Function properties for _Z5firstPf
-    {8 + spilled} bytes stack frame, {spilled} bytes spill stores, 0 bytes spill loads
+    {stack[0] + spilled} bytes stack frame, {spilled} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used {registers} registers, used 1 barriers, 9280 bytes smem, 8 bytes cmem[2]
 ptxas info    : Compile time = 72.062 ms
 ptxas info    : Compiling entry function '_Z6secondPf' for 'sm_{architecture}'
 ptxas info    : Function properties for _Z6secondPf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+    {stack[1]} bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 12 registers, used 0 barriers
 """
 
 
 LIMITS = (("first", 128), ("", 255))
+STACKS = (("first", 64), ("", 0))
 
 
 def found(text: str, architectures: tuple[str, ...] = ("90",)) -> list[str]:
     kernels, warnings = gate.parse(text)
-    return list(gate.problems(kernels, warnings, architectures, LIMITS))
+    return list(gate.problems(kernels, warnings, architectures, LIMITS, STACKS))
 
 
 def test_a_clean_report_passes_and_is_read() -> None:
     kernels, warnings = gate.parse(report())
     assert warnings == []
-    assert [(k.name, k.registers, k.shared, k.spilled) for k in kernels] == [
-        ("_Z5firstPf", 96, 9280, 0),
-        ("_Z6secondPf", 12, 0, 0),
+    assert [(k.name, k.registers, k.shared, k.stack, k.spilled) for k in kernels] == [
+        ("_Z5firstPf", 96, 9280, 8, 0),
+        ("_Z6secondPf", 12, 0, 0, 0),
     ]
     assert found(report()) == []
-    assert found(report(registers=128)) == []
+    assert found(report(registers=128, stack=(64, 0))) == []
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,10 @@ def test_a_clean_report_passes_and_is_read() -> None:
     [
         (report(spilled=24), "_Z5firstPf on sm_90 spills 24 bytes"),
         (report(registers=129), "_Z5firstPf on sm_90 uses 129 registers, allowed 128"),
+        (report(stack=(72, 0)), "_Z5firstPf on sm_90 has a stack frame of 72 bytes, allowed 64"),
+        (report(stack=(0, 8)), "_Z6secondPf on sm_90 has a stack frame of 8 bytes, allowed 0"),
         (report().replace("first", "other"), "the row 'first' of LIMITS names no kernel"),
+        (report().replace("first", "other"), "the row 'first' of STACKS names no kernel"),
         (report() + "ptxas warning : Registers are spilled to local memory", "warning: ptxas"),
         (report() + 'a.cu(3): warning #177-D: variable "x" was declared', "warning: a.cu(3)"),
         ("", "the row 'first' of LIMITS names no kernel"),
@@ -95,12 +101,12 @@ def test_names_are_readable() -> None:
 
 
 def test_the_table_shows_every_kernel_and_marks_spills() -> None:
-    kernels, _ = gate.parse(report(spilled=4) + report(architecture="80"))
+    kernels, _ = gate.parse(report(spilled=4) + report(architecture="80", stack=(56, 0)))
     text = gate.table(kernels, ["80", "90"])
     assert "sm_80  sm_90" in text
     assert [line.split() for line in text.splitlines()[1:3]] == [
-        ["_Z5firstPf", "9280", "96", "96!"],
-        ["_Z6secondPf", "0", "12", "12"],
+        ["_Z5firstPf", "9280", "56", "96", "96!"],
+        ["_Z6secondPf", "0", "0", "12", "12"],
     ]
 
 

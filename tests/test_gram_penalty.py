@@ -9,6 +9,7 @@ import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.penalties import PENALTIES, Penalty
 from tests.conftest import Layers, Target, random_layers, relative_error
+from tests.test_in_place import Operators
 
 NAMES = sorted(PENALTIES)
 SIDES = ("rows", "cols", "small")
@@ -307,6 +308,39 @@ def test_refused_masks_write_no_gradient(target: Target) -> None:
     with pytest.raises(TypeError, match=r"pruned\[1\] must be a bool mask"):
         F.add_gram_penalty_grad_(weights, strength=1, pruned=[None, [0]])
     assert all(w.grad is None for w in weights)
+
+
+def test_tensors_of_a_call_stay_on_the_device(target: Target) -> None:
+    """Views, frozen weights and float64 between the others: no index, no number leaves the host."""
+
+    def weights() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        drawn = [torch.randn(4 + i, 6, generator=generator) for i in range(6)]
+        moved = [
+            w.to(target.device, torch.float64 if i in (1, 4) else None) for i, w in enumerate(drawn)
+        ]
+        return [w.requires_grad_(i != 2) for i, w in enumerate(moved)]
+
+    def call(leaves: list[torch.Tensor], strength: object, coefficients: object) -> torch.Tensor:
+        taken = [w.t() if i == 3 else w for i, w in enumerate(leaves)]
+        return F.add_gram_penalty_grad_(taken, strength=strength, coefficients=coefficients)
+
+    numbers = [0.5, 1.0, 2.0, 3.0, 0.25, 1.5]
+    expected, leaves = weights(), weights()
+    want = call(expected, 0.5, numbers)
+    strength = torch.full((), 0.5, device=target.device)
+    coefficients = torch.tensor(numbers, device=target.device)
+    with Operators() as seen:
+        got = call(leaves, strength, coefficients)
+        call(leaves, 0.5, coefficients)
+    assert len(seen.names) > 5
+    assert not seen.from_host()
+    torch.testing.assert_close(got, want)
+    for leaf, other in zip(leaves, expected, strict=True):
+        if other.grad is None:
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, 2 * other.grad)
 
 
 def test_same_weight_twice_counts_twice(target: Target) -> None:

@@ -5,17 +5,54 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import orthoreg_ext as ox
 from orthoreg_ext.penalties import PENALTIES
 from tests.conftest import Layers, Target, random_layers
 
 NAMES = sorted(PENALTIES)
+
+
+class Operators(TorchDispatchMode):
+    """Records every operator that runs."""
+
+    # what copies from the host, or reads a number on it
+    HOST = ("aten::index.", "aten::index_put", "aten::lift_fresh", "aten::scalar_tensor")
+    HOST += ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = f"{func._schema.name}.{func._schema.overload_name}"
+        result = func(*args, **kwargs)
+        if name.startswith(("aten::_to_copy", "aten::copy_")):
+            tensors = [t for t in (result, *args) if isinstance(t, Tensor)]
+            moved = len({t.device for t in tensors}) > 1
+            name += " between devices" if moved else ""
+        self.names.append(name)
+        return result
+
+    def from_host(self) -> list[str]:
+        """Those that a captured or never waiting step must not have."""
+        return [n for n in self.names if n.startswith(self.HOST) or n.endswith("between devices")]
 
 
 def dense_layers(seed: int, target: Target, dtype: torch.dtype = torch.float32) -> Layers:
@@ -384,7 +421,8 @@ def test_backend_and_precision_are_those_of_the_step(net: Net, target: Target) -
 
 def numbers(reg: ox.OrthoRegularizer, optimizer: torch.optim.Optimizer) -> list[int]:
     terms = reg._prepared[optimizer].terms
-    return [prepared._number for term in terms for _, prepared in term._parts]
+    parts = [part.prepared for term in terms for part in term._parts]
+    return [prepared._number for prepared in parts if prepared is not None]
 
 
 def test_nothing_is_kept_for_an_optimizer_that_is_gone(net: Net, target: Target) -> None:
@@ -412,3 +450,151 @@ def test_copies_prepare_for_themselves(net: Net) -> None:
         for _ in range(2):
             check(other.model, other, mine)
     check(net, reg, optimizer)
+
+
+# --- a step stays on the device
+
+
+MODELS: dict[str, Callable[[Net], object]] = {
+    "all kinds": lambda net: None,  # with a transposed convolution, which goes through autograd
+    "all in place": lambda net: setattr(net, "up", nn.Identity()),
+    "partly frozen": lambda net: (
+        net.fc.weight.requires_grad_(False),
+        net.conv.bias.requires_grad_(False),
+    ),
+    "partly double": lambda net: (net.grouped.double(), net.second.double()),
+    "parametrized": lambda net: nn.utils.parametrizations.weight_norm(net.fc),
+}
+TERMS: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "schedule": {"schedule": lambda step: 1.0 + step},
+    "every": {"every": 2},
+    "numpy": {"schedule": lambda step: np.float32(1.0 + step)},
+}
+
+
+@pytest.mark.parametrize("loss_scale", [None, 8.0])
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_copy_nothing_from_the_host(
+    net: Net, target: Target, model: str, term: str, loss_scale: float | None
+) -> None:
+    MODELS[model](net)
+    reg = ox.OrthoRegularizer(net, **TERMS[term])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
+    if loss_scale is not None:  # as GradScaler leaves it for a fused optimizer
+        optimizer.grad_scale = torch.full((), loss_scale, device=target.device)
+    reg.attach(optimizer)
+    for _ in range(2):
+        optimizer.step()  # prepares, and creates gradients
+    with Operators() as seen:
+        for _ in range(4):
+            optimizer.step()
+    assert any("add_prepared_gram_penalty_grad_" in name for name in seen.names)
+    assert not seen.from_host()
+
+
+def test_operators_that_wait_are_seen() -> None:
+    """The net of the tests here has no holes: what the steps must not do, it catches."""
+    tensor = torch.arange(4.0)
+    for call in (
+        lambda: tensor[[0, 2]],
+        lambda: torch.tensor([1.0, 2.0]),
+        lambda: tensor.sum().item(),
+        lambda: bool(tensor.sum() > 1),
+        lambda: tensor[tensor > 1],
+        lambda: tensor.to("meta"),
+    ):
+        with Operators() as seen:
+            call()
+        assert seen.from_host(), seen.names
+    with Operators() as seen:
+        _ = tensor.double() * 2.0 + tensor[1:3].sum()
+    assert not seen.from_host()
+
+
+def test_constant_steps_only_add(net: Net) -> None:
+    MODELS["all in place"](net)
+    reg = ox.OrthoRegularizer(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
+    reg.attach(optimizer)
+    optimizer.step()
+    with Operators() as seen:
+        reg._add_gradient(optimizer, 1)
+    assert [name.split("::")[1] for name in seen.names] == ["add_prepared_gram_penalty_grad_."]
+
+
+# --- CUDA graphs, as far as they can be seen without one (scripts/gpu_properties.py captures some)
+
+
+def multiplications(reg: ox.OrthoRegularizer, optimizer: torch.optim.Optimizer) -> int:
+    """The scales that a step computes; the net is all in place."""
+    with Operators() as seen:
+        reg._add_gradient(optimizer, 1)
+    return sum(name.startswith("aten::mul.") for name in seen.names)
+
+
+def capture(monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:
+    monkeypatch.setattr("orthoreg_ext.attachment.is_capturing", lambda device: capturing)
+
+
+def test_a_captured_step_computes_its_own_scale(net: Net, monkeypatch) -> None:
+    MODELS["all in place"](net)
+    reg = ox.OrthoRegularizer(net, strength=1.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    reg.attach(optimizer)
+    for first_capturing in (False, True):
+        reg._prepared.clear()
+        capture(monkeypatch, first_capturing)
+        assert multiplications(reg, optimizer) == 1
+        capture(monkeypatch, True)  # reads no cache: a later step may replace it
+        assert multiplications(reg, optimizer) == 1
+        capture(monkeypatch, False)  # what a capture made was never computed, so it is not kept
+        assert multiplications(reg, optimizer) == int(first_capturing)
+        assert multiplications(reg, optimizer) == 0
+    capture(monkeypatch, True)
+    check(net, reg, optimizer)
+
+
+def test_what_a_replay_reads_lives_as_long_as_its_parameters(target: Target, monkeypatch) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 2), nn.Linear(4, 4))
+    net.to(target.device)[0].double()
+    reg = ox.OrthoRegularizer(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    attachment = reg.attach(optimizer)
+    capture(monkeypatch, True)
+    optimizer.step()
+    parts = [part for term in reg._prepared[optimizer].terms for part in term._parts]
+    held = [weakref.ref(part.coefficients) for part in parts]
+    assert len(held) == 2
+    attachment.remove()
+    del parts, reg, optimizer, attachment
+    gc.collect()
+    assert all(ref() is not None for ref in held)
+    del net
+    gc.collect()
+    assert all(ref() is None for ref in held)
+
+
+def test_steps_on_the_cpu_ask_no_gpu(net: Net, monkeypatch) -> None:
+    def asked() -> bool:
+        raise AssertionError("asked a GPU whether it captures")
+
+    if net.fc.weight.is_cuda:
+        pytest.skip("there it has to ask")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    ox.OrthoRegularizer(net).attach(optimizer)
+    optimizer.step()
+
+
+def test_copies_inside_a_capture_are_refused_with_the_remedy(net: Net, monkeypatch) -> None:
+    reg = ox.OrthoRegularizer(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    reg.attach(optimizer)
+    monkeypatch.setattr("orthoreg_ext.plan.is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="run a step like the captured one before the capture"):
+        optimizer.step()
+    monkeypatch.undo()
+    with ox.backend("reference"):
+        check(net, reg, optimizer)

@@ -210,11 +210,10 @@ def test_54_layers_take_a_handful_of_launches(launches) -> None:
     with launches.counted() as names:
         F.add_gram_penalty_grad_(weights, "so", strength=1)
     assert len(names) == 1, names  # small layers: everything at once
-    weights[0] = torch.randn(70, 300, requires_grad=True)
+    weights[0] = torch.randn(70, 700, requires_grad=True)
     with launches.counted() as names:
         F.add_gram_penalty_grad_(weights, "so", strength=1)
-    # tiles of 64 and of 32; the slices of the long layer; the penalties; tiles of 64 and of 32
-    assert len(names) == 6, names
+    assert len(names) == 4, names  # Gram matrices, the slices of the long one, penalties, gradients
 
 
 def test_54_layers_take_at_most_two_launches_for_all_scores(launches) -> None:

@@ -82,3 +82,42 @@ def test_every_schedule_gives_the_same_bits(
     for got, expected in zip(runs[0], want, strict=True):
         # gradients are stored in the weights' precision, scores are taken of rounded cosines
         assert relative_error(got, expected) <= 4 * rounding
+
+
+@pytest.mark.parametrize(
+    ("precision", "tile"),
+    [("3xtf32", "128"), ("mixed", "64"), ("mixed-bf16", "128"), ("tf32", "32"), ("bf16", "64")],
+)
+def test_products_and_tiles_under_every_schedule(
+    emulator: str, monkeypatch: pytest.MonkeyPatch, precision: str, tile: str
+) -> None:
+    """One ragged, biased, masked layer of several slices, and one that a single tile holds."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(37, 300), (300, 5), (4, 33)]
+    layers = Layers(
+        [torch.randn(s, generator=generator).requires_grad_() for s in shapes],
+        [torch.randn(n, generator=generator).requires_grad_() for n, _ in shapes],
+        [1, 1, 1],
+    )
+    masks = [torch.arange(n) % 5 == 3 for n, _ in shapes]
+    monkeypatch.setenv("ORTHOREG_EXT_TILE", tile)
+
+    def run() -> list[Tensor]:
+        out: list[Tensor] = []
+        for side in ("rows", "cols"):
+            arguments = {"penalty": "so", "side": side, "pruned": masks, **layers.arguments()}
+            values = F.gram_penalty(**arguments)
+            out += [values.detach(), *torch.autograd.grad(values.sum(), layers.parameters())]
+            for parameter in layers.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            out.append(F.add_gram_penalty_grad_(strength=0.5, **arguments))
+            out += [parameter.grad.clone() for parameter in layers.parameters()]
+        return out
+
+    runs = []
+    for schedule in SCHEDULES:
+        monkeypatch.setenv("CUDA_EMU_ORDER", schedule)
+        with ox.backend(emulator), ox.precision(precision):
+            runs.append(run())
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))

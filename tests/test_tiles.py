@@ -106,9 +106,13 @@ def test_lower_products_are_really_taken(target: Target) -> None:
     assert 1e-3 < errors["bf16"] < 1e-2
 
 
-@pytest.mark.parametrize("noise", ["rows", "mixing", "entries"])
+@pytest.mark.parametrize("noise", ["rows", "mixing", "entries", "faint"])
 def test_small_residuals_keep_their_digits(target: Target, noise: str) -> None:
-    """128 rows of 4608 entries, orthonormal to 1e-3: what is left of G - I is right to 2e-4."""
+    """128 rows of 4608 entries, orthonormal to 1e-3: what is left of G - I is right to 2e-4.
+
+    Where only the directions are off, by 1e-3 of a row's norm, G - I is 1e-5 and no float32 sum has
+    more than 3 digits of it ("faint").
+    """
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
@@ -119,16 +123,19 @@ def test_small_residuals_keep_their_digits(target: Target, noise: str) -> None:
         exact = exact * (1 + 1e-3 * normal(128, 1)) + 1e-4 * normal(128, 4608) / 4608**0.5
     elif noise == "mixing":
         exact = exact + 1e-3 * normal(128, 128) @ exact
+    elif noise == "faint":
+        exact = exact + 1e-3 * normal(128, 4608) / 4608**0.5
     else:
         exact = exact + 1e-3 * normal(128, 4608)
     weight = exact.float().to(target.device).contiguous().requires_grad_()
     layers = Layers([weight], [None], [1])
+    limit = 5e-4 if noise == "faint" else 2e-4
     with ox.precision("3xtf32"):
-        check(layers, "so", "rows", 2e-4)
+        check(layers, "so", "rows", limit)
         residual = F.gram([weight.detach()])[0].double().cpu() - torch.eye(128)
     double = weight.detach().double().cpu()
     want = double @ double.T - torch.eye(128, dtype=torch.float64)
-    assert relative_error(residual, want) <= 2e-4
+    assert relative_error(residual, want) <= limit
 
 
 @pytest.mark.parametrize("penalty", ["orthoreg", "so"])
@@ -154,7 +161,7 @@ def test_gram_matrices_are_symmetric_bit_for_bit(target: Target, name: str) -> N
             assert torch.equal(gram, gram.mT)
 
 
-def test_waves_give_the_same_bits(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waves_give_the_same_results(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = layers_of(target, [(70, 90), (65, 80), (80, 66), (5, 5)], biases=True)
     whole = results(layers, "orthoreg", "small")
     monkeypatch.setenv("ORTHOREG_EXT_WORKSPACE_MB", "0.02")

@@ -103,6 +103,7 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
                   offsets.size());
   STD_TORCH_CHECK(pruned.empty() || pruned.size() == count, "expected ", count, " masks, got ",
                   pruned.size());
+  constexpr int64_t kMost = 1 << 30;  // kernels count in 32 bits
   std::vector<Layer> layers;
   layers.reserve(count);
   int64_t slopes = 0;
@@ -111,9 +112,8 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
     check_tensor(w, weights[0], "weights", i);
     STD_TORCH_CHECK(w.dim() > 0, "weights[", i, "] must be [filters, ...]");
     STD_TORCH_CHECK(has_dense_filters(w), "weights[", i, "] must have dense filters");
-    STD_TORCH_CHECK(
-        w.size(0) < INT32_MAX && w.numel() / std::max<int64_t>(w.size(0), 1) < INT32_MAX,
-        "weights[", i, "] has a dimension of 2^31 or more");
+    STD_TORCH_CHECK(w.size(0) < kMost && w.numel() / std::max<int64_t>(w.size(0), 1) < kMost,
+                    "weights[", i, "] has a dimension of 2^30 or more");
     STD_TORCH_CHECK(groups[i] > 0 && w.size(0) % groups[i] == 0, "groups[", i, "] = ", groups[i],
                     " does not divide the ", w.size(0), " filters");
     const bool with_bias = b.numel() > 0;
@@ -196,8 +196,10 @@ inline std::vector<Gradient> read_gradients(const std::vector<Tensor>& weights,
   for (size_t i = 0; i < grads.size(); ++i) {
     const Tensor &w = weights[i], &g = grads[i];
     check_tensor(g, weights[0], "grads", i);
-    STD_TORCH_CHECK(g.scalar_type() == w.scalar_type() && same_entry_order(g, w), "grads[", i,
-                    "] must have the shape, type and memory order of weights[", i, "]");
+    STD_TORCH_CHECK(g.scalar_type() == w.scalar_type() && same_entry_order(g, w) &&
+                        (g.size(0) <= 1 || g.stride(0) >= g.numel() / g.size(0)),
+                    "grads[", i, "] must have the shape, type and memory order of weights[", i,
+                    "], and filters that do not overlap");
     const bool with_bias = biases[i].numel() > 0;
     STD_TORCH_CHECK(!with_bias || (bias_grads[i].numel() == biases[i].numel() &&
                                    bias_grads[i].is_contiguous() &&

@@ -13,15 +13,16 @@ namespace orthoreg {
 // One launch carries the descriptions of its layers in its parameters: 32 764 bytes from CUDA 12.1
 // on (sm_70 and newer), 4 096 before.
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
-constexpr int kLayersPerLaunch = 26;
+constexpr int kLayersPerLaunch = 30;
 #else
-constexpr int kLayersPerLaunch = 220;
+constexpr int kLayersPerLaunch = 250;
 #endif
 
-constexpr int64_t kSlab = 32;  // inner entries that a block takes at a time; slices are multiples
+constexpr int64_t kDepth = 32;  // inner entries that a block takes at a time; slices are multiples
 
 // What is enough to fill a large GPU: units of work, and inner entries to amortise a unit's start.
-constexpr int64_t kEnoughUnits = 512, kShortestSlice = 256;
+constexpr int64_t kFewUnits = 128;  // a launch of their own costs more than larger tiles do
+constexpr int64_t kEnoughUnits = 512, kEnoughLargeUnits = 264, kShortestSlice = 256;
 // Tiles of 128 need half the loads of tiles of 64 but leave fewer units: only for enough work.
 constexpr int64_t kWorkOfLargeTiles = 264 * 1024;  // tiles times inner entries
 // One block may form a Gram matrix and its share of the gradient while that costs no more than this
@@ -37,7 +38,7 @@ struct Shape {
   int64_t inner() const { return columns ? n : width; }
 };
 
-inline int64_t divide_up(int64_t size, int64_t by) { return (size + by - 1) / by; }
+constexpr int64_t divide_up(int64_t size, int64_t by) { return (size + by - 1) / by; }
 
 // The blocks' work on one layer of a launch: `units` units from first_unit on. Of a Gram matrix,
 // tile after tile of the lower triangle of each group, each in `slices` runs of slice_length inner
@@ -81,14 +82,16 @@ namespace plan {
 template <class MakeItem, class Cost>
 void add_launches(std::vector<Launch>& out, int tile, std::vector<int> layers,
                   const MakeItem& make_item, const Cost& cost) {
-  constexpr int64_t kMostUnits = 0x7fffffff;
+  constexpr int64_t kMostUnits = 1 << 30;  // and as many blocks can be added to it
   std::stable_sort(layers.begin(), layers.end(), [&](int a, int b) { return cost(a) > cost(b); });
-  const size_t first = out.size();
+  const size_t first = out.size(), count = layers.size();
+  const size_t most =  // of one launch, all of them having as many
+      count == 0 ? 1 : divide_up(count, divide_up(count, kLayersPerLaunch));
   for (const int layer : layers) {
     Item item = make_item(layer);
-    if (item.units > kMostUnits) throw std::length_error("a layer needs more than 2^31 tiles");
+    if (item.units > kMostUnits) throw std::length_error("a layer needs more than 2^30 tiles");
     if (item.units == 0) continue;
-    if (out.size() == first || out.back().items.size() == kLayersPerLaunch ||
+    if (out.size() == first || out.back().items.size() == most ||
         out.back().units + item.units > kMostUnits) {
       out.push_back({tile, {}, 0});
     }
@@ -104,20 +107,23 @@ struct ByTile {
   static constexpr int kTiles[3] = {128, 64, 32};
 };
 
-// tile: of all layers, or 0: each by its smaller side, 128 from `large` on where that is enough
-// work.
-template <class Side, class Work>
+// tile: of all layers, or 0: each by its smaller side. 128 from `large` on where that leaves enough
+// work for each block, 32 where it saves more than a launch costs.
+template <class Side, class Tiles, class Inner>
 ByTile sort_by_tile(const std::vector<Shape>& shapes, int tile, int64_t large, const Side& side,
-                    const Work& work) {
-  int64_t total = 0;
-  for (const Shape& s : shapes) total += side(s) >= large ? work(s) : 0;
+                    const Tiles& tiles, const Inner& inner) {
+  int64_t work = 0, small_units = 0;
+  for (const Shape& s : shapes) {
+    if (side(s) >= large) work += tiles(s, 128) * inner(s);
+    if (side(s) <= 32) small_units += tiles(s, 64);
+  }
   ByTile out;
   for (size_t i = 0; i < shapes.size(); ++i) {
     const int64_t mine = side(shapes[i]);
-    const int wanted = tile != 0                                     ? tile
-                       : mine <= 32                                  ? 32
-                       : mine >= large && total >= kWorkOfLargeTiles ? 128
-                                                                     : 64;
+    const int wanted = tile != 0                                    ? tile
+                       : mine <= 32 && small_units > kFewUnits      ? 32
+                       : mine >= large && work >= kWorkOfLargeTiles ? 128
+                                                                    : 64;
     out.layers[wanted == 128 ? 0 : wanted == 64 ? 1 : 2].push_back(static_cast<int>(i));
   }
   return out;
@@ -128,31 +134,34 @@ ByTile sort_by_tile(const std::vector<Shape>& shapes, int tile, int64_t large, c
 // tile_of_all: 32, 64 or 128 for all layers, 0 for the best one of each.
 inline void plan_gram(const std::vector<Shape>& shapes, int tile_of_all, Plan& out) {
   const plan::ByTile sorted = plan::sort_by_tile(
-      shapes, tile_of_all, /*large=*/257, [](const Shape& s) { return s.m(); },
-      [](const Shape& s) { return lower_tiles(s, 128) * s.inner(); });
+      shapes, tile_of_all, /*large=*/257, [](const Shape& s) { return s.m(); }, lower_tiles,
+      [](const Shape& s) { return s.inner(); });
   std::vector<int64_t> parts(shapes.size());
   for (int which = 0; which < 3; ++which) {
     const int tile = plan::ByTile::kTiles[which];
-    int64_t total = 0;
+    const int64_t enough = tile == 128 ? kEnoughLargeUnits : kEnoughUnits;
+    int64_t tiles = 0, total = 0;
     for (const int i : sorted.layers[which]) {
       parts[i] = lower_tiles(shapes[i], tile);
+      tiles += parts[i];
       total += parts[i] * shapes[i].inner();
     }
-    const int64_t longest = std::max(total / kEnoughUnits, kShortestSlice);
+    // a slice has about this many inner entries; with tiles enough, only what would last far longer
+    // than all others is cut
+    const int64_t slice = std::max(total / enough * (tiles < enough ? 1 : 4), kShortestSlice);
     const size_t first = out.gram.size();
     plan::add_launches(
         out.gram, tile, sorted.layers[which],
         [&](int i) {
           const int64_t inner = shapes[i].inner();
           Item item{i, 0, 0};
-          item.slice_length =
-              divide_up(divide_up(inner, std::max<int64_t>(divide_up(inner, longest), 1)), kSlab) *
-              kSlab;
+          const int64_t wanted = std::max<int64_t>((inner + slice / 2) / slice, 1);
+          item.slice_length = divide_up(divide_up(inner, wanted), kDepth) * kDepth;
           item.slices = inner == 0 ? 1 : divide_up(inner, item.slice_length);
           item.units = parts[i] * item.slices;
           return item;
         },
-        [&](int i) { return std::min(shapes[i].inner(), longest); });
+        [&](int i) { return std::min(shapes[i].inner(), slice * 3 / 2); });
     for (size_t l = first; l < out.gram.size(); ++l) {
       int64_t slabs = 0;
       for (Item& item : out.gram[l].items) {
@@ -174,7 +183,7 @@ inline void plan_gram(const std::vector<Shape>& shapes, int tile_of_all, Plan& o
 inline void plan_gradient(const std::vector<Shape>& shapes, int tile_of_all, Plan& out) {
   const plan::ByTile sorted = plan::sort_by_tile(
       shapes, tile_of_all, /*large=*/128, [](const Shape& s) { return std::min(s.n, s.width); },
-      [](const Shape& s) { return gradient_tiles(s, 128) * s.m(); });
+      gradient_tiles, [](const Shape& s) { return s.m(); });
   for (int which = 0; which < 3; ++which) {
     const int tile = plan::ByTile::kTiles[which];
     plan::add_launches(

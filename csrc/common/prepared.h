@@ -12,7 +12,7 @@
 //                             precision}));
 //   }
 //
-// for its dispatch key. The other two operators are the same for every backend (csrc/library.cpp).
+// for its dispatch key. The other two operators are the same for every backend (prepared.cpp).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

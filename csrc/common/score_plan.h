@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "plan.h"
+
 namespace orthoreg {
 
 constexpr int kScoreThreads = 256;
@@ -27,8 +29,6 @@ constexpr int kFinishedAtOnce = 32;  // scores of a block of the second launch
 constexpr int own_columns(int element) { return element == 2 ? 8 : 4; }
 constexpr int own_rows(int element) { return element == 4 ? 4 : 2; }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Lanes a row: own_rows() to 32. Idle lanes cost instructions, and so do the partial sums of a
 // piece: as much as some 16 columns.
 inline int score_lanes(int64_t k, int element) {
@@ -36,7 +36,7 @@ inline int score_lanes(int64_t k, int element) {
   int best = 32;
   int64_t least = INT64_MAX;
   for (int lanes = 32; lanes >= own_rows(element); lanes /= 2) {
-    const int64_t pieces = ceil_div(k, lanes * own);
+    const int64_t pieces = divide_up(k, lanes * own);
     const int64_t cost = pieces * (lanes * own + 16);
     if (cost < least) {
       least = cost;
@@ -64,9 +64,9 @@ inline ScorePlan plan_scores(int64_t groups, int64_t n, int64_t k, int element) 
   plan.row_slots = 1;
   while (plan.row_slots < rows_at_once && plan.row_slots < n) plan.row_slots *= 2;
   plan.group_slots = rows_at_once / plan.row_slots;
-  plan.column_blocks = ceil_div(k, plan.lanes * own_columns(element));
-  plan.row_blocks = ceil_div(n, plan.row_slots * plan.steps);
-  plan.group_blocks = ceil_div(groups, plan.group_slots);
+  plan.column_blocks = divide_up(k, plan.lanes * own_columns(element));
+  plan.row_blocks = divide_up(n, plan.row_slots * plan.steps);
+  plan.group_blocks = divide_up(groups, plan.group_slots);
   return plan;
 }
 

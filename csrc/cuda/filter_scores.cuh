@@ -258,7 +258,7 @@ static_assert(sizeof(FinishProblems) <= (kScoreLayersPerLaunch > 36 ? 32764 - 64
 
 // The blocks of a layer in the second launch: first those of its filters, then those of its inputs.
 constexpr int64_t finish_units(int64_t rows, int64_t inputs) {
-  return ceil_div(rows, kFinishedAtOnce) + ceil_div(inputs, kFinishedAtOnce);
+  return divide_up(rows, kFinishedAtOnce) + divide_up(inputs, kFinishedAtOnce);
 }
 
 // The scores: adds up the partial sums of a filter over the column blocks, with its bias, or those

@@ -8,8 +8,9 @@ namespace orthoreg::cuda {
 namespace {
 
 template <class Tile>
-void launch(const std::vector<Layer>& layers, const Wave& wave, const Launch& launch, int penalty,
-            const Tensor& out, double* parts, const Tensor& slabs, cudaStream_t stream) {
+void form_tiles(const std::vector<Layer>& layers, const Wave& wave, const Launch& launch,
+                int penalty, const Tensor& out, double* parts, const Tensor& slabs,
+                cudaStream_t stream) {
   using Number = typename Tile::Number;
   const auto problems = make_problems(layers, wave, launch, {}, penalty);
   launch_persistent(gram_kernel<Tile>, launch.units, Tile::kThreads, kGramSharedBytes<Tile>, stream,
@@ -17,8 +18,9 @@ void launch(const std::vector<Layer>& layers, const Wave& wave, const Launch& la
 }
 
 template <class Tile>
-void finish(const std::vector<Layer>& layers, const Wave& wave, Launch launch, int penalty,
-            const Tensor& out, double* parts, const Tensor& slabs, cudaStream_t stream) {
+void finish_tiles(const std::vector<Layer>& layers, const Wave& wave, const Launch& launch,
+                  int penalty, const Tensor& out, double* parts, const Tensor& slabs,
+                  cudaStream_t stream) {
   using Number = typename Tile::Number;
   Launch sliced{launch.tile, {}, 0};  // a unit is a tile
   for (Item item : launch.items) {
@@ -45,8 +47,8 @@ void add_parts(const std::vector<Layer>& layers, const Wave& wave, const double*
                                   static_cast<int32_t>(wave.plan.first_part[i]),
                                   static_cast<int32_t>(wave.plan.first_part[i + 1])};
     }
-    finish_penalty_kernel<T><<<last - first, 128, 0, stream>>>(*totals, parts, values + first);
-    ORTHOREG_CUDA_CHECK(cudaGetLastError());
+    launch_all(finish_penalty_kernel<T>, last - first, 128, 0, stream, *totals, parts,
+               values + first);
   }
 }
 
@@ -73,16 +75,20 @@ void form_grams(const std::vector<Layer>& layers, const Wave& wave, Product prod
   const Tensor slabs = torch::stable::new_empty(out, {wave.plan.slab_entries});
   for (const Launch& one : wave.plan.gram) {
     if (in_double) {
-      launch<SimtTile<double>>(layers, wave, one, penalty, out, data<double>(parts), slabs, stream);
-      finish<SimtTile<double>>(layers, wave, one, penalty, out, data<double>(parts), slabs, stream);
+      form_tiles<SimtTile<double>>(layers, wave, one, penalty, out, data<double>(parts), slabs,
+                                   stream);
+      finish_tiles<SimtTile<double>>(layers, wave, one, penalty, out, data<double>(parts), slabs,
+                                     stream);
       continue;
     }
     visit_tile(one.tile, product, [&](auto tile) {
-      launch<decltype(tile)>(layers, wave, one, penalty, out, data<double>(parts), slabs, stream);
+      form_tiles<decltype(tile)>(layers, wave, one, penalty, out, data<double>(parts), slabs,
+                                 stream);
     });
     // the slices are sums already: which product they come from makes no difference
     const auto finish_sliced = [&](auto tile) {
-      finish<decltype(tile)>(layers, wave, one, penalty, out, data<double>(parts), slabs, stream);
+      finish_tiles<decltype(tile)>(layers, wave, one, penalty, out, data<double>(parts), slabs,
+                                   stream);
     };
     if (product == Product::kSimt) {
       finish_sliced(SimtTile<float>{});

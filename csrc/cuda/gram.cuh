@@ -76,8 +76,12 @@ __device__ __forceinline__ void form_gram_tile(const Problem& p, const GramTile&
     const int pair = threadIdx.x % pairs, count = entries * pairs / kThreads;
     const int one = small ? pair / kSmall : pair, other = small ? pair % kSmall : pair;
     const int first = threadIdx.x / pairs * count;
-#pragma unroll 1
-    for (int q = first; q < first + count; ++q) sum.add(panel(one, q), panel(other, q));
+#pragma unroll 4
+    for (int i = first; i < first + count; ++i) {
+      const int q = panel.turn(i);
+      const Number entry = panel(one, q);
+      sum.add(entry, small ? panel(other, q) : entry);
+    }
   };
   typename Tile::Sums sums = {};
   if (p.columns) {
@@ -123,10 +127,9 @@ __device__ __forceinline__ double finish_gram_tile(const Problem& p, const GramT
   for (int e = threadIdx.x; e < kTile * kTile; e += Tile::kThreads) {
     const int r = e / kTile, c = e % kTile, i = at.row + r, j = at.column + c;
     if (i >= m || j > i) continue;  // above the diagonal: the mirror image, bit for bit
-    const double sum = diagonal && small    ? exact[r * kSmall + c]
-                       : diagonal && r == c ? exact[r]
-                                            : static_cast<double>(tile[r * kStride + c]);
-    Number value = static_cast<Number>(sum);
+    const bool summed_exactly = diagonal && (small || r == c);
+    const double sum = summed_exactly ? exact[small ? r * kSmall + c : r] : 0;
+    Number value = summed_exactly ? static_cast<Number>(sum) : tile[r * kStride + c];
     Penalties::visit(penalty, [&](auto functor) {
       using Penalty = decltype(functor);
       if (i == j) {

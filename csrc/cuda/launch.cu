@@ -7,6 +7,11 @@
 
 namespace orthoreg::cuda {
 
+namespace {
+// Which of the compiled architectures a device runs is asked of this kernel.
+__global__ void code_of_this_device() {}
+}  // namespace
+
 Wave whole_wave(const std::vector<Layer>& layers) {
   Wave wave{0, static_cast<int>(layers.size()), {}, {}, {}};
   for (const Layer& l : layers) {
@@ -89,10 +94,24 @@ int tile_of_all(Product product) {
 }
 
 Product usable(Product product) {
-  int device = 0, major = 0;
+  static std::mutex mutex;
+  static std::map<int, bool> tensor_cores;
+  int device = 0;
   ORTHOREG_CUDA_CHECK(cudaGetDevice(&device));
-  ORTHOREG_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 8 ? product : Product::kSimt;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (tensor_cores.count(device) == 0) {
+    cudaFuncAttributes attributes{};
+    ORTHOREG_CUDA_CHECK(
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(code_of_this_device)));
+    tensor_cores[device] = attributes.ptxVersion >= 80;
+    int driver = 0;
+    ORTHOREG_CUDA_CHECK(cudaDriverGetVersion(&driver));
+    STD_TORCH_CHECK(kLayersPerLaunch <= 30 || driver >= 12010, "the NVIDIA driver knows CUDA ",
+                    driver / 1000, ".", driver % 1000 / 10,
+                    ", and these kernels were compiled for drivers of CUDA 12.1 or newer: update "
+                    "the driver, or rebuild with an older CUDA toolkit");
+  }
+  return tensor_cores[device] ? product : Product::kSimt;
 }
 
 }  // namespace orthoreg::cuda

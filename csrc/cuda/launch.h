@@ -58,30 +58,45 @@ std::unique_ptr<Problems> make_problems(const std::vector<Layer>& layers, const 
 // shared memory before its first launch.
 int resident_blocks(const void* kernel, int threads, int shared);
 
-// The product that the current device can do: tensor cores have TF32 and bfloat16 from sm_80 on.
+// The product that the current device can do: tensor cores have TF32 and bfloat16 from sm_80 on,
+// and only code that was compiled for it speaks to them.
 Product usable(Product product);
 
 // The tile size of all layers: 64 without tensor cores; else 0, the best one for each layer, or
 // what ORTHOREG_EXT_TILE says (32, 64 or 128: for tests, and for tuning on a new GPU).
 int tile_of_all(Product product);
 
-// Launches a kernel whose blocks take units in turns.
-template <class Kernel, class... Arguments>
-void launch_persistent(Kernel kernel, int64_t units, int threads, int shared, cudaStream_t stream,
-                       const Arguments&... arguments) {
+template <class T>
+struct As {
+  using Type = T;
+};
+
+// Launches at most `most` blocks, one a unit. The arguments are passed by address: a table of
+// layers is copied once, by the runtime.
+template <class... Parameters>
+void launch_blocks(void (*kernel)(Parameters...), int64_t units, int64_t most, int threads,
+                   int shared, cudaStream_t stream,
+                   const typename As<Parameters>::Type&... arguments) {
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  const dim3 blocks(static_cast<unsigned>(std::min(units, most)));
+  ORTHOREG_CUDA_CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(threads),
+                                       addresses, shared, stream));
+}
+
+// Launches a kernel whose blocks take units in turns: as many as the device holds at a time.
+template <class... Parameters>
+void launch_persistent(void (*kernel)(Parameters...), int64_t units, int threads, int shared,
+                       cudaStream_t stream, const typename As<Parameters>::Type&... arguments) {
   const int resident = resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared);
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, resident));
-  kernel<<<blocks, threads, shared, stream>>>(arguments...);
-  ORTHOREG_CUDA_CHECK(cudaGetLastError());
+  launch_blocks(kernel, units, resident, threads, shared, stream, arguments...);
 }
 
 // Launches a kernel with one block a unit.
-template <class Kernel, class... Arguments>
-void launch_all(Kernel kernel, int64_t units, int threads, int shared, cudaStream_t stream,
-                const Arguments&... arguments) {
+template <class... Parameters>
+void launch_all(void (*kernel)(Parameters...), int64_t units, int threads, int shared,
+                cudaStream_t stream, const typename As<Parameters>::Type&... arguments) {
   resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared);
-  kernel<<<static_cast<unsigned>(units), threads, shared, stream>>>(arguments...);
-  ORTHOREG_CUDA_CHECK(cudaGetLastError());
+  launch_blocks(kernel, units, units, threads, shared, stream, arguments...);
 }
 
 }  // namespace orthoreg::cuda

@@ -6,7 +6,7 @@
 
 namespace orthoreg::cuda {
 
-// One layer of a launch (see common/layers.h and Item in common/plan.h), 144 bytes.
+// One layer of a launch (see common/layers.h and Item in common/plan.h), 128 bytes.
 struct Problem {
   const void *weight, *bias;
   const uint8_t* pruned;
@@ -28,7 +28,7 @@ struct Problems {
   int32_t penalty;  // its place in Penalties; -1 for plain Gram matrices
   Problem layer[kLayersPerLaunch];
 };
-static_assert(sizeof(Problems) <= (kLayersPerLaunch > 30 ? 32000 : 3900), "kernel parameter space");
+static_assert(sizeof(Problems) <= (kLayersPerLaunch > 30 ? 32400 : 3900), "kernel parameter space");
 
 __device__ __forceinline__ int gram_size(const Problem& p) { return p.columns ? p.width : p.n; }
 __device__ __forceinline__ int inner_size(const Problem& p) { return p.columns ? p.n : p.width; }

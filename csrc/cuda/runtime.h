@@ -11,10 +11,11 @@
 #include "../common/layers.h"
 #include "../common/registration.h"
 
-#define ORTHOREG_CUDA_CHECK(expr)                                               \
-  do {                                                                          \
-    const cudaError_t err_ = (expr);                                            \
-    STD_TORCH_CHECK(err_ == cudaSuccess, #expr ": ", cudaGetErrorString(err_)); \
+#define ORTHOREG_CUDA_CHECK(expr)                                                \
+  do {                                                                           \
+    const cudaError_t err_ = (expr);                                             \
+    if (err_ != cudaSuccess) cudaGetLastError(); /* told now, not at the next */ \
+    STD_TORCH_CHECK(err_ == cudaSuccess, #expr ": ", cudaGetErrorString(err_));  \
   } while (0)
 
 namespace orthoreg::cuda {

@@ -19,6 +19,7 @@ struct SimtTile {
   // Entry (r, q) of a panel in shared memory, whichever way it lay in memory.
   struct Panel {
     const T* data;
+    __device__ __forceinline__ int turn(int q) const { return q; }
     __device__ __forceinline__ T operator()(int r, int q) const { return data[q * kStride + r]; }
   };
 

@@ -25,7 +25,7 @@ struct TensorShape<128,
   static constexpr int kBlocksPerSm = kOne ? 2 : 1;
 };
 
-// One block computes kTile x kTile sums. Panels of kSlab inner entries of both operands pass
+// One block computes kTile x kTile sums. Panels of kDepth inner entries of both operands pass
 // through a ring of kStages in shared memory, filled by cp.async kStages - 1 ahead.
 //   cost of an inner entry: kTile^2 multiply-adds (three times on the tensor cores with 3xTF32),
 //   2 kTile loads from L2, half of them where both panels are the same (diagonal tiles)
@@ -33,12 +33,12 @@ struct TensorShape<128,
 // Precision. A TF32 has 11 significant bits. 3xTF32 cuts x into big + small, big a TF32 and small
 // the exact rest, of which the hardware drops what is below 2^-20 x, and sums small big + big small
 // + big big; what is lost is proportional to each product, up to 2^-19 of it. Tensor cores cut off
-// what they add, always towards zero; so after each slab their sums are added to a second set of
+// what they add, always towards zero; so after each panel their sums are added to a second set of
 // sums in plain float, rounded to nearest.
 //
 // Layout in shared memory. An operand that is contiguous along the inner dimension lies as [kTile]
-// [kSlab] with chunk c (4 entries) of row r in the place of chunk c ^ 2 (r % 4); one that is
-// contiguous along the tile as [kSlab][kTile], entry i of row q in the place of i ^ 8 (q / 2 % 4).
+// [kDepth] with chunk c (4 entries) of row r in the place of chunk c ^ 2 (r % 4); one that is
+// contiguous along the tile as [kDepth][kTile], entry i of row q in the place of i ^ 8 (q / 2 % 4).
 // A thread of a warp (group g = lane / 4, t = lane % 4) multiplies inner entries 2t and 2t + 1 of
 // each 8 where mma_tf32 speaks of t and t + 4: the order of a sum's entries is free as long as both
 // operands agree. So the first layout is read by 64-bit loads, and neither has bank conflicts.
@@ -50,7 +50,7 @@ struct TensorTile {
   static constexpr int kWarpsRight = Shape::kWarpsRight, kStages = Shape::kStages;
   static constexpr int kThreads = Shape::kWarpsDown * kWarpsRight * 32;
   static constexpr int kBlocksPerSm = Shape::kBlocksPerSm;
-  static constexpr int kDepth = static_cast<int>(kSlab);
+  static constexpr int kDepth = static_cast<int>(orthoreg::kDepth);
   static constexpr int kPanel = kTile * kDepth;
   static constexpr int kSharedBytes = kStages * 2 * kPanel * static_cast<int>(sizeof(float));
   static constexpr int kDown = kTile / Shape::kWarpsDown / 16, kRight = kTile / kWarpsRight / 8;
@@ -68,6 +68,11 @@ struct TensorTile {
   template <bool kAlong>
   struct Panel {
     const float* data;
+    // A permutation of the inner entries that lets the threads of a warp, each with a row of its
+    // own, read without bank conflicts.
+    __device__ __forceinline__ int turn(int q) const {
+      return kAlong ? q ^ (threadIdx.x >> 2 & 7) : q;
+    }
     __device__ __forceinline__ float operator()(int r, int q) const {
       return data[kAlong ? place_along(r, q) : place_across(r, q)];
     }
@@ -106,18 +111,18 @@ struct TensorTile {
       const float* panel_a = ring + step % kStages * 2 * kPanel;
       const float* panel_b = same ? panel_a : panel_a + kPanel;
       if constexpr (kSplit) {
-        Sums slab = {};
-        multiply_slab<kAlongA, kAlongB>(panel_a, panel_b, slab);
+        Sums recent = {};
+        multiply_panels<kAlongA, kAlongB>(panel_a, panel_b, recent);
 #pragma unroll
         for (int i = 0; i < kDown; ++i) {
 #pragma unroll
           for (int j = 0; j < kRight; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sums[i][j][e] += slab[i][j][e];
+            for (int e = 0; e < 4; ++e) sums[i][j][e] += recent[i][j][e];
           }
         }
       } else {
-        multiply_slab<kAlongA, kAlongB>(panel_a, panel_b, sums);
+        multiply_panels<kAlongA, kAlongB>(panel_a, panel_b, sums);
       }
       each_panel(Panel<kAlongA>{panel_a}, kDepth);
     }
@@ -236,8 +241,8 @@ struct TensorTile {
   }
 
   template <bool kAlongA, bool kAlongB>
-  static __device__ __forceinline__ void multiply_slab(const float* panel_a, const float* panel_b,
-                                                       Sums& sums) {
+  static __device__ __forceinline__ void multiply_panels(const float* panel_a, const float* panel_b,
+                                                         Sums& sums) {
     const int g = threadIdx.x % 32 / 4, row = first_row() + g, column = first_column() + g;
     if constexpr (kProduct == Product::kBf16) {
 #pragma unroll 1
