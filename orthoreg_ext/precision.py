@@ -44,7 +44,7 @@ class Precision:
 PRECISIONS: dict[str, Precision] = {
     mode.name: mode
     for mode in (
-        Precision("ieee", "float32", "float32", "no tensor cores: every product rounded once"),
+        Precision("ieee", "float32", "float32", "no tensor cores: fused multiply-adds"),
         Precision("3xtf32", "3xtf32", "3xtf32", "tensor cores at the accuracy of float32"),
         Precision("mixed", "3xtf32", "tf32", "gradients with errors of a few 1e-4"),
         Precision("mixed-bf16", "3xtf32", "bf16", "gradients with errors of a few 1e-3"),

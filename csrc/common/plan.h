@@ -1,5 +1,6 @@
 // The launch plan of the tiled kernels: which block computes what. Host data, no tensors, from the
-// shapes alone, so that it (and with it every result) is the same whatever GPU runs it.
+// shapes alone (and the bytes a wave may take), so that it, and with it every result, is the same
+// whatever GPU runs it.
 // _host.build_plan shows it to Python.
 #pragma once
 

@@ -1,5 +1,6 @@
 // The launch plan of the filter scores: which block reads which piece of a layer, and where its
-// partial sums go. Host data from shapes alone, so results are the same on every machine.
+// partial sums go. Host data from shapes alone: for tensors aligned alike, results are the same
+// everywhere.
 //
 // A block of kScoreThreads threads reads `row_slots` rows of each of `group_slots` groups at once,
 // one row by `lanes` lanes of a warp with `own` columns each, and does `steps` such steps.
@@ -25,7 +26,7 @@ constexpr int kRowSlots = 8;         // numbers of a row's partial sums, padded 
 constexpr int kFinishedAtOnce = 32;  // scores of a block of the second launch
 
 // What a thread holds at once, by the bytes of an element: its columns, whole 16-byte loads, and
-// rows. As much as keeps two blocks on a multiprocessor.
+// rows. As much as keeps two blocks on a multiprocessor (one where Fisher accumulators join).
 constexpr int own_columns(int element) { return element == 2 ? 8 : 4; }
 constexpr int own_rows(int element) { return element == 4 ? 4 : 2; }
 

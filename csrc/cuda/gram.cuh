@@ -6,7 +6,7 @@
 // (common/plan.h), and blocks take them in turns.
 //   reads 2 kTile rows of W a unit, kTile on the diagonal; writes its tile of S and, off the
 //   diagonal, the mirror image
-//   cost: m^2 inner multiply-adds a matrix (half of G, and the tiles' overhang), 2 m^2 stores
+//   cost: m^2 inner / 2 multiply-adds a matrix, and the tiles' overhang; m^2 stores
 // Bitwise repeatable on every GPU: a tile is summed in one order, slices are added in their order
 // by finish_tiles_kernel, the tiles' parts of the penalty in theirs by finish_penalty_kernel.
 #pragma once
