@@ -212,8 +212,8 @@ __device__ __forceinline__ void sum_piece(const SumProblem& p, int unit, T* work
 //   grid: the units of score_plan.h, column blocks fastest, so that blocks that run together read
 //     neighbouring memory; block: kScoreThreads
 //   reads w and g once, 16 bytes a load and own_rows() rows a thread ahead of their use;
-//     kFisherToo reads and writes F once; writes some 3 % of that (rows 32 bytes for each 2 KB, columns 24 for each
-//     512 in a large layer)
+//     kFisherToo reads and writes F once
+//   writes some 3 % of that: rows 32 bytes for each 2 KB, columns 24 for each 512 in a large layer
 //   right because an entry belongs to one thread of one block, and every sum has a fixed order;
 //     barriers only between the writing and the reading of `scratch`
 template <class T, int kMode, bool kColumns>
