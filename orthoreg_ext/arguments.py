@@ -251,6 +251,13 @@ def scale_of(layers: Layers, strength: float | Tensor, factors: Tensor | None) -
     """Strength * factors in the widest precision of the layers, on their device."""
     double = any(w.dtype == torch.float64 for w in layers.weights)
     precision = torch.float64 if double else torch.float32
+    if isinstance(strength, Tensor):
+        if strength.numel() != 1:
+            raise ValueError(
+                f"strength has shape {tuple(strength.shape)}, expected a number or a tensor of one "
+                "element; give the layers factors of their own by coefficients="
+            )
+        strength = strength.detach().reshape(())
     scale = torch.ones(len(layers.weights), dtype=precision, device=layers.device) * strength
     return scale if factors is None else scale * factors
 
@@ -343,6 +350,11 @@ def check_fisher(layers: Layers, fisher: Sequence[Tensor]) -> list[Tensor]:
             raise ValueError(
                 f"fisher[{i}] has shape {tuple(tensor.shape)} on {tensor.device}, expected "
                 f"{tuple(weight.shape)} on {weight.device}"
+            )
+        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(
+                f"fisher[{i}] has entries that share memory (expand); use "
+                f"torch.zeros_like(weight, dtype={wide})"
             )
         if first.setdefault(id(tensor), i) != i:
             raise ValueError(

@@ -228,7 +228,7 @@ def add_gram_penalty_grad_(
     row, side = get_penalty(penalty), choose("side", side, SIDES)
     if not isinstance(strength, (Real, Tensor)):
         raise TypeError(f"strength must be a number or a tensor, got {type(strength).__name__}")
-    original = list(weights)
+    original = weights if isinstance(weights, Tensor) else list(weights)
     layers = check_layers(original, biases, groups)
     if not layers.weights:
         return torch.zeros(0)

@@ -107,7 +107,7 @@ class Plan:
 class ModelState:
     """What a plan hangs on: the modules and parameters of a model, and the parameters' form."""
 
-    _form = attrgetter("requires_grad", "device", "shape")
+    _form = attrgetter("requires_grad", "device", "dtype", "shape")
     _entries = methodcaller("values")
 
     def __init__(self, model: nn.Module) -> None:

@@ -252,7 +252,7 @@ class OrthoRegularizer:
         self.step = int(state["step"])
         self._loaded_steps = [int(step) for step in state["attached_steps"]]
         for attachment in self._attached.values():
-            if self._loaded_steps:
+            if self._loaded_steps and attachment.active:
                 attachment.step = self._loaded_steps.pop(0)
 
     def _settings(self) -> dict[str, Any]:

@@ -186,3 +186,14 @@ def test_compiles_into_one_graph(target: Target) -> None:
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(compiled)
     torch.testing.assert_close(got, step(eager))
     torch.testing.assert_close(compiled, eager)
+
+
+def test_accumulators_that_share_memory_are_refused_before_anything_is_added(
+    target: Target,
+) -> None:
+    weights = [torch.ones(4, 3, device=target.device) for _ in range(2)]
+    fisher = [torch.zeros(4, 3, device=target.device)]
+    fisher.append(torch.zeros(1, 3, device=target.device).expand(4, 3))
+    with pytest.raises(ValueError, match=r"fisher\[1\] has entries that share memory"):
+        F.accumulate_fisher_(weights, weights, fisher)
+    assert not fisher[0].any()

@@ -343,6 +343,26 @@ def test_tensors_of_a_call_stay_on_the_device(target: Target) -> None:
             torch.testing.assert_close(leaf.grad, 2 * other.grad)
 
 
+def test_a_bare_tensor_is_no_list_of_weights(target: Target) -> None:
+    weight = torch.randn(6, 3, 3, 3, device=target.device, requires_grad=True)
+    with pytest.raises(TypeError, match="put the tensor in a list"):
+        F.add_gram_penalty_grad_(weight, strength=1.0)
+    assert weight.grad is None
+
+
+def test_strength_is_one_number_without_a_graph(target: Target) -> None:
+    weight = torch.randn(4, 6, device=target.device, requires_grad=True)
+    turned = torch.randn(6, 4, device=target.device, requires_grad=True)
+    strength = torch.ones((), device=target.device, requires_grad=True)
+    for _ in range(2):
+        F.add_gram_penalty_grad_([weight, turned.t()], strength=strength * 2)
+    assert strength.grad is None
+    before = weight.grad.clone()
+    with pytest.raises(ValueError, match=r"strength has shape \(2, 1\), expected a number"):
+        F.add_gram_penalty_grad_([weight, turned.t()], strength=torch.ones(2, 1))
+    assert torch.equal(weight.grad, before)
+
+
 def test_same_weight_twice_counts_twice(target: Target) -> None:
     weight = torch.randn(4, 6, device=target.device, requires_grad=True)
     F.add_gram_penalty_grad_([weight, weight], strength=1)

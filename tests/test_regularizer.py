@@ -528,3 +528,24 @@ def test_attach_refuses_what_cannot_work() -> None:
     reg.attach(optimizer)
     with pytest.raises(ValueError, match="attached to this optimizer already"):
         reg.attach(optimizer)
+
+
+def test_steps_are_resumed_by_those_that_are_attached() -> None:
+    net = nn.Linear(3, 3)
+    reg = ox.OrthoRegularizer(net, include="*")
+    first, second = (torch.optim.SGD(net.parameters(), lr=0.1) for _ in range(2))
+    removed = reg.attach(first)
+    removed.remove()
+    attached = reg.attach(second)
+    attached.step = 7
+    state = reg.state_dict()
+    attached.step = 0
+    reg.load_state_dict(state)
+    assert (removed.step, attached.step) == (0, 7)
+
+
+def test_factors_follow_the_precision_of_the_model() -> None:
+    net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7), nn.Linear(7, 2))
+    reg = ox.OrthoRegularizer(net)
+    net.double()
+    assert torch.equal(reg(), ox.OrthoRegularizer(net)())
