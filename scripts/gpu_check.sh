@@ -30,7 +30,7 @@ out=${OUT:-build/$([ -n "$emulated" ] && echo emulated || echo gpu)-check}
 order="build info exercise properties probes bench pytest emu sanitizers"
 stages=${STAGES:-$order}
 # Seconds: 500 of the 520, as something runs between the stages too.
-declare -A share=([build]=150 [info]=15 [exercise]=40 [properties]=45 [probes]=25 [bench]=90
+declare -A share=([build]=135 [info]=15 [exercise]=40 [properties]=45 [probes]=25 [bench]=90
   [pytest]=75 [emu]=25 [sanitizers]=50)
 # Of the emulator's, nobody shall take a result for one of a GPU.
 suffix=${emulated:+-emulated}
