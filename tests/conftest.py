@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import orthoreg_ext as ox
-from orthoreg_ext import ops
-from orthoreg_ext.backend import BACKENDS, Backend
+from orthoreg_ext.backend import BACKENDS
 from orthoreg_ext.build_info import compiled, reason
 
 
@@ -24,16 +23,13 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def emulator() -> str:
     """Builds the CUDA kernels for the CPU and registers them as backend "emulated"."""
-    from tests.emu.build import NvccMissingError, build_project
+    from tests.emu.backend import register_emulated
+    from tests.emu.build import NvccMissingError
 
     try:
-        library = build_project()
+        return register_emulated()
     except NvccMissingError as error:
         pytest.skip(str(error))
-    torch.ops.load_library(str(library))
-    ops.register("orthoreg_emu")
-    BACKENDS["emulated"] = Backend("orthoreg_emu", ("cpu",))
-    return "emulated"
 
 
 @dataclass(frozen=True)

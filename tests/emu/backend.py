@@ -1,4 +1,4 @@
-"""Makes the emulated kernels a backend of the package outside pytest (conftest.py has its own)."""
+"""Makes the emulated kernels a backend of the package, for the tests and for scripts."""
 
 from __future__ import annotations
 
