@@ -9,7 +9,10 @@
 //   slopes      S = phi'(G - T) of all layers and groups, flat, one after the other
 //   offsets     added to each layer's value
 //   pruned      empty, or one bool mask [groups * n] a layer, empty for none: filters that read as
-//               zeros, have no target and get no gradient
+//               zeros, have no target and get no gradient, or those that the penalty marks (see
+//               common/entrywise.h)
+//   targets     empty, or a [groups * n] in the computing precision a layer, empty for none: what
+//               stands for 1 on the diagonal of T; columns must be 0
 //   precision   a name of common/precision.h; the CPU computes all in the computing precision
 //
 // A prepared penalty is add_gram_penalty_grad_ with all but the gradients and the coefficients
@@ -23,19 +26,22 @@ ORTHOREG_LIBRARY(ORTHOREG_NAMESPACE, m) {
       "gram(Tensor[] weights, Tensor[] biases, int[] groups, int[] columns, str precision) -> "
       "Tensor");
   m.def(
-      "gram_penalty(Tensor[] weights, Tensor[] biases, Tensor[] pruned, int[] groups, "
-      "int[] columns, float[] offsets, str penalty, str precision) -> "
+      "gram_penalty(Tensor[] weights, Tensor[] biases, Tensor[] pruned, Tensor[] targets, "
+      "int[] groups, int[] columns, float[] offsets, str penalty, str precision) -> "
       "(Tensor values, Tensor slopes)");
   m.def(
-      "gram_penalty_grad(Tensor[] weights, Tensor[] biases, Tensor[] pruned, Tensor slopes, "
-      "Tensor coefficients, int[] groups, int[] columns, str penalty, str precision) -> Tensor[]");
+      "gram_penalty_grad(Tensor[] weights, Tensor[] biases, Tensor[] pruned, Tensor[] targets, "
+      "Tensor slopes, Tensor coefficients, int[] groups, int[] columns, str penalty, "
+      "str precision) -> Tensor[]");
   m.def(
       "add_gram_penalty_grad_(Tensor[] weights, Tensor[] biases, Tensor[] pruned, "
-      "Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor coefficients, int[] groups, "
+      "Tensor[] targets, Tensor(a!)[] grads, Tensor(b!)[] bias_grads, Tensor coefficients, int[] "
+      "groups, "
       "int[] columns, float[] offsets, str penalty, str precision) -> Tensor");
   m.def(
-      "prepare_gram_penalty(Tensor[] weights, Tensor[] biases, Tensor[] pruned, int[] groups, "
-      "int[] columns, float[] offsets, str penalty, str precision) -> int");
+      "prepare_gram_penalty(Tensor[] weights, Tensor[] biases, Tensor[] pruned, "
+      "Tensor[] targets, int[] groups, int[] columns, float[] offsets, str penalty, "
+      "str precision) -> int");
   m.def(
       "add_prepared_gram_penalty_grad_(int prepared, Tensor(a!)[] grads, Tensor coefficients) -> "
       "Tensor");

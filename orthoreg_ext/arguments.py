@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -158,14 +159,27 @@ class Sides:
         )
 
 
-def choose_sides(layers: Layers, penalty: Penalty, side: str) -> Sides:
-    """Picks the Gram matrix of each layer: the smaller one where the gradient is the same."""
+def choose_sides(
+    layers: Layers,
+    penalty: Penalty,
+    side: str,
+    targets: list[Tensor] | None = None,  # each [n] or empty, or none at all
+) -> Sides:
+    """Picks the Gram matrix of each layer: the smaller one where the gradient is the same.
+
+    Raises:
+        ValueError: the columns are asked for where marks or targets belong to the rows.
+    """
     columns, offsets, dropped = [], [], []
     for i, group in enumerate(layers.groups):
         n, k = layers.filters(i), layers.fan_in(i)
         small = n > k
-        asked = small if side == "small" else side == "cols"
-        column = small if penalty.sides_agree else asked
+        of_filters = penalty.counts is not None or bool(targets and targets[i].numel())
+        if of_filters and side == "cols":
+            what = "targets" if penalty.counts is None else f"penalty {penalty.name!r}"
+            raise ValueError(f"{what} and side='cols' exclude each other: filters are compared")
+        asked = not of_filters and (small if side == "small" else side == "cols")
+        column = small if penalty.sides_agree and not of_filters else asked
         columns.append(column)
         # value(rows) - value(cols) = n - k in each group, where the sides agree; of pruned filters
         # none counts in n
@@ -175,16 +189,24 @@ def choose_sides(layers: Layers, penalty: Penalty, side: str) -> Sides:
 
 
 def check_pruned(
-    layers: Layers, pruned: Sequence[Tensor | None] | None
+    layers: Layers, pruned: Sequence[Tensor | None] | None, penalty: Penalty
 ) -> list[Tensor]:  # each bool [n] or empty
-    """Returns the filters to leave out as masks on the layers' device; no list for no mask at all.
+    """Returns the pruned filters as masks on the layers' device; no list for no mask at all.
 
     Raises:
         TypeError: one is neither a bool mask nor a tensor of indices.
-        ValueError: one does not fit its layer, or not every layer has an entry.
+        ValueError: one does not fit its layer, not every layer has an entry, or there are none
+            and the penalty is about them.
     """
     if pruned is None:
+        if penalty.counts is not None:
+            raise ValueError(
+                f"penalty {penalty.name!r} is {penalty.formula}: pass pruned=, a bool mask or "
+                "indices of the filters that are to be pruned, for each of the weights"
+            )
         return []
+    if isinstance(pruned, Tensor) or not isinstance(pruned, Sequence):
+        raise TypeError("pruned must be a sequence with one entry for each of the weights")
     if len(pruned) != len(layers.weights):
         raise wrong_length("pruned", len(pruned), len(layers.weights), "weights")
     if all(mask is None for mask in pruned):
@@ -209,6 +231,52 @@ def check_pruned(
             )
         masks.append(mask.contiguous())
     return masks
+
+
+def check_targets(
+    layers: Layers, targets: Sequence[float | Tensor | None] | None, penalty: Penalty
+) -> list[Tensor]:  # each [n] or empty
+    """Returns what each filter's G_ii is driven to, on the layers' device; no list for none at all.
+
+    Raises:
+        TypeError: one is neither a number nor a tensor of real numbers.
+        ValueError: one does not fit its layer, not every layer has an entry, or the penalty leaves
+            the norms free.
+    """
+    if targets is None:
+        return []
+    if isinstance(targets, Tensor) or not isinstance(targets, Sequence):
+        raise TypeError("targets must be a sequence with one entry for each of the weights")
+    if len(targets) != len(layers.weights):
+        raise wrong_length("targets", len(targets), len(layers.weights), "weights")
+    if all(target is None for target in targets):
+        return []
+    if penalty.diagonal != "target":
+        raise ValueError(
+            f"penalty {penalty.name!r} is {penalty.formula}: it has no target for the norms; leave "
+            "targets= out"
+        )
+    found: list[Tensor] = []
+    for i, (target, weight) in enumerate(zip(targets, layers.weights, strict=True)):
+        wide = compute_dtype(weight.dtype)
+        if target is None:
+            found.append(weight.new_empty(0, dtype=wide))
+        elif isinstance(target, Real):
+            if not math.isfinite(target):
+                raise ValueError(f"targets[{i}] is {target!r}, expected a finite number")
+            found.append(weight.new_full((weight.shape[0],), float(target), dtype=wide))
+        elif not isinstance(target, Tensor) or target.dtype not in _DTYPES:
+            raise TypeError(f"targets[{i}] must be a number or a real tensor [{weight.shape[0]}]")
+        elif target.shape != weight.shape[:1] or target.device != weight.device:
+            raise ValueError(
+                f"targets[{i}] has shape {tuple(target.shape)} on {target.device}, expected "
+                f"[{weight.shape[0]}] on {weight.device}: one entry for each filter"
+            )
+        elif target.requires_grad:
+            raise ValueError(f"targets[{i}] requires a gradient, which it would not get: detach it")
+        else:
+            found.append(target.to(wide).contiguous())
+    return found
 
 
 def count_pruned(

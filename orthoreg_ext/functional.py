@@ -25,6 +25,7 @@ from .arguments import (
     check_coefficients,
     check_layers,
     check_pruned,
+    check_targets,
     choose_sides,
     count_pruned,
     scale_of,
@@ -122,9 +123,14 @@ def _compiled(layers: Layers) -> str | None:
     return namespace_for(layers.device)
 
 
-def _penalty_values(layers: Layers, masks: list[Tensor], penalty: Penalty, sides: Sides) -> Tensor:
+def _penalty_values(
+    layers: Layers, masks: list[Tensor], targets: list[Tensor], penalty: Penalty, sides: Sides
+) -> Tensor:
     namespace = _namespace(penalty, layers)
-    plain = (layers.weights, layers.biases, masks, layers.groups, sides.columns, sides.offsets)
+    plain = (
+        *(layers.weights, layers.biases, masks, targets),
+        *(layers.groups, sides.columns, sides.offsets),
+    )
     if namespace is None:
         return reference.gram_penalty(*plain, penalty)
     operators = getattr(torch.ops, namespace)
@@ -132,10 +138,15 @@ def _penalty_values(layers: Layers, masks: list[Tensor], penalty: Penalty, sides
     return values
 
 
-def _take(masks: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
-    """The masks of some of the layers; no list where none of them has one."""
-    taken = [masks[i] for i in indices] if masks else []
-    return taken if any(mask.numel() for mask in taken) else []
+def _take(rows: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
+    """The masks or targets of some of the layers; no list where none of them has one."""
+    taken = [rows[i] for i in indices] if rows else []
+    return taken if any(of.numel() for of in taken) else []
+
+
+def _given(rows: list[Tensor], indices: Sequence[int]) -> list[Tensor | None] | None:
+    """The masks or targets of some of the layers, as an argument."""
+    return [rows[i] if rows[i].numel() else None for i in indices] if rows else None
 
 
 def gram_penalty(
@@ -145,6 +156,7 @@ def gram_penalty(
     side: str = "small",
     coefficients: Sequence[float] | Tensor | None = None,  # [L]
     pruned: Sequence[Tensor | None] | None = None,  # each bool [n] or int64 indices
+    targets: Sequence[float | Tensor | None] | None = None,  # each [n]
     biases: Sequence[Tensor | None] | None = None,  # each [n]
     groups: Sequence[int] | None = None,
 ) -> Tensor:  # [L]
@@ -152,18 +164,24 @@ def gram_penalty(
 
     With R = G - I for the Gram matrix G = W W^T (rows) or W^T W (cols), ``orthoreg`` is
     sum |R_ij| (Lubana et al., arXiv 2009.05014, as released: entrywise, not squared, not
-    Frobenius), ``so`` is sum R_ij^2 and ``offdiag`` is sum of G_ij^2 over i != j. The sub-gradient
-    of |.| at 0 is 0.
+    Frobenius), ``so`` is sum R_ij^2, ``offdiag`` is sum of G_ij^2 over i != j, ``cosine`` the same
+    of G_ij / sqrt(G_ii G_jj), to which rows of zeros add nothing, and ``tpp`` is sum of G_ij^2 over
+    all pairs of which one filter is in `pruned` (Wang and Fu, arXiv 2207.12534, who divide by n^2).
+    The sub-gradient of |.| at 0 is 0.
 
     Args:
         weights: the layers.
         penalty: a name of :data:`orthoreg_ext.penalties.PENALTIES`.
         side: ``"rows"`` compares filters, ``"cols"`` inputs, ``"small"`` takes the smaller Gram
-            matrix. For ``orthoreg`` and ``offdiag`` the side is part of the definition; for ``so``
-            the two differ by exactly n - k with equal gradients, so the smaller one is computed.
+            matrix. For ``orthoreg``, ``offdiag`` and ``cosine`` the side is part of the definition;
+            for ``so`` the two differ by exactly n - k with equal gradients, so the smaller one is
+            computed. Of ``tpp``, and with `targets`, ``"small"`` compares filters.
         coefficients: factors of the layers' values; a tensor on the weights' device avoids a copy.
         pruned: filters to leave out of each Gram matrix, so that an orthonormal target does not
-            regrow them; they get no gradient. A bool mask on the weights' device avoids a copy.
+            regrow them; they get no gradient. For ``tpp`` those to be decorrelated from all others.
+            A bool mask on the weights' device avoids a copy.
+        targets: of ``orthoreg`` and ``so``: the squared norm that each filter is driven to, 1 where
+            not given; one number for a layer, or one for each of its filters.
         biases: one more column of each filter matrix, as OrthoReg's released VGG code does.
         groups: the filter matrices in each weight, 1 where not given.
 
@@ -179,11 +197,13 @@ def gram_penalty(
     if not layers.weights:
         return torch.zeros(0)
     factors = check_coefficients(coefficients, len(layers.weights), layers.device)
-    masks = check_pruned(layers, pruned)
-    sides = choose_sides(layers, row, side)
+    masks, aims = check_pruned(layers, pruned, row), check_targets(layers, targets, row)
+    sides = choose_sides(layers, row, side, aims)
     parts = by_precision(layers)
     found = [
-        _penalty_values(layers.take(part), _take(masks, part), row, sides.take(part))
+        _penalty_values(
+            layers.take(part), _take(masks, part), _take(aims, part), row, sides.take(part)
+        )
         for part in parts
     ]
     values = count_pruned(_gather(found, parts), sides, masks)
@@ -198,6 +218,7 @@ def add_gram_penalty_grad_(
     side: str = "small",
     coefficients: Sequence[float] | Tensor | None = None,  # [L]
     pruned: Sequence[Tensor | None] | None = None,
+    targets: Sequence[float | Tensor | None] | None = None,
     biases: Sequence[Tensor | None] | None = None,
     groups: Sequence[int] | None = None,
 ) -> Tensor:  # [L]
@@ -215,6 +236,7 @@ def add_gram_penalty_grad_(
         side: as in :func:`gram_penalty`.
         coefficients: as in :func:`gram_penalty`.
         pruned: as in :func:`gram_penalty`.
+        targets: as in :func:`gram_penalty`.
         biases: as in :func:`gram_penalty`.
         groups: as in :func:`gram_penalty`.
 
@@ -233,12 +255,12 @@ def add_gram_penalty_grad_(
     if not layers.weights:
         return torch.zeros(0)
     count = len(layers.weights)
-    masks = check_pruned(layers, pruned)
+    masks, aims = check_pruned(layers, pruned, row), check_targets(layers, targets, row)
     factors = check_coefficients(coefficients, count, layers.device)
     if factors is not None:
         factors = factors.detach()
     scale = scale_of(layers, strength, factors)
-    sides = choose_sides(layers, row, side)
+    sides = choose_sides(layers, row, side, aims)
     namespace, precision = _namespace(row, layers), selected_precision()
     in_place = [False] * count if namespace is None else written_in_place(original, layers)
     parts: list[list[int]] = []
@@ -250,7 +272,8 @@ def add_gram_penalty_grad_(
                 [original[i] for i in rest],
                 penalty,
                 side=side,
-                pruned=[masks[i] if masks[i].numel() else None for i in rest] if masks else None,
+                pruned=_given(masks, rest),
+                targets=_given(aims, rest),
                 biases=None if biases is None else [biases[i] for i in rest],
                 groups=[layers.groups[i] for i in rest],
             )
@@ -263,7 +286,8 @@ def add_gram_penalty_grad_(
         if part:
             taken, sided, masked = layers.take(part), sides.take(part), _take(masks, part)
             added = add_in_place(
-                str(namespace), taken, masked, row, sided, _rows(scale, part), precision
+                *(str(namespace), taken, masked, _take(aims, part)),
+                *(row, sided, _rows(scale, part), precision),
             )
             parts.append(part)
             results.append(count_pruned(added, sided, masked))

@@ -54,6 +54,7 @@ def add_in_place(
     namespace: str,
     layers: Layers,
     masks: list[Tensor],  # each bool [n] or empty, or none at all
+    targets: list[Tensor],  # each [n] or empty, or none at all
     penalty: Penalty,
     sides: Sides,
     scale: Tensor,  # [L]
@@ -71,6 +72,7 @@ def add_in_place(
             layers.weights,
             layers.biases,
             masks,
+            targets,
             grads[:count],
             grads[count:],
             scale.to(compute_dtype(layers.weights[0].dtype)),
@@ -105,6 +107,7 @@ class PreparedPenalty:
         self._number = operators.prepare_gram_penalty(
             layers.weights,
             layers.biases,
+            [],
             [],
             layers.groups,
             sides.columns,

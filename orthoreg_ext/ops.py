@@ -7,6 +7,7 @@ Both are registered for a namespace, so that the emulated CUDA operators of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def _gram_penalty_fake(
     weights: list[Tensor],
     biases: list[Tensor],
     pruned: list[Tensor],
+    targets: list[Tensor],
     groups: list[int],
     columns: list[bool],
     offsets: list[float],
@@ -63,36 +65,38 @@ def _gram_penalty_fake(
 
 
 def _gram_penalty_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    weights, biases, pruned, *_ = inputs
+    weights, biases, pruned, targets, *rest = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*weights, *biases, *pruned, output[1])
-    ctx.shape = inputs[3:]
+    ctx.save_for_backward(*weights, *biases, *pruned, *targets, output[1])
+    ctx.shape = (len(pruned), *rest)
 
 
 def _split(
-    tensors: Sequence[Tensor], count: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights, biases and masks (one a layer, or none at all), saved one after the other."""
-    return list(tensors[:count]), list(tensors[count : 2 * count]), list(tensors[2 * count :])
+    tensors: Sequence[Tensor], count: int, masks: int = 0
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights, biases, masks and targets, saved one after the other.
+
+    There is one a layer of each; of masks and of targets there may be none at all.
+    """
+    ends = [0, count, 2 * count, 2 * count + masks, len(tensors)]
+    weights, biases, pruned, targets = (list(tensors[a:b]) for a, b in pairwise(ends))
+    return weights, biases, pruned, targets
 
 
 def _gram_penalty_backward(namespace: str) -> Any:
     grad_op = getattr(torch.ops, namespace).gram_penalty_grad
 
     def backward(ctx: Any, grad_values: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        groups, columns, _, penalty, precision = ctx.shape
+        masks, groups, columns, _, penalty, precision = ctx.shape
         *layers, slopes = ctx.saved_tensors
-        weights, biases, pruned = _split(layers, len(groups))
+        tensors = _split(layers, len(groups), masks)
+        none = tuple([None] * len(of) for of in tensors)
         if grad_values is None:
-            none = [None] * len(groups)
-            return none, none, [None] * len(pruned), None, None, None, None, None
+            return *none, None, None, None, None, None
         factors = grad_values.contiguous()
-        grads = grad_op(
-            weights, biases, pruned, slopes, factors, groups, columns, penalty, precision
-        )
-        no_masks = [None] * len(pruned)
-        return *_split(grads, len(groups))[:2], no_masks, None, None, None, None, None
+        grads = grad_op(*tensors, slopes, factors, groups, columns, penalty, precision)
+        return *_split(grads, len(groups))[:2], *none[2:], None, None, None, None, None
 
     return backward
 
@@ -104,6 +108,7 @@ def _gram_penalty_grad_fake(
     weights: list[Tensor],
     biases: list[Tensor],
     pruned: list[Tensor],
+    targets: list[Tensor],
     slopes: Tensor,
     coefficients: Tensor,
     groups: list[int],
@@ -115,33 +120,36 @@ def _gram_penalty_grad_fake(
 
 
 def _gram_penalty_grad_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    weights, biases, pruned, _, coefficients, groups, columns, penalty, _ = inputs
-    ctx.save_for_backward(*weights, *biases, *pruned, coefficients)
-    ctx.shape = (groups, columns, penalty)
+    weights, biases, pruned, targets, _, coefficients, groups, columns, penalty, _ = inputs
+    ctx.save_for_backward(*weights, *biases, *pruned, *targets, coefficients)
+    ctx.shape = (len(pruned), groups, columns, penalty)
 
 
 def _gram_penalty_grad_backward(ctx: Any, directions: list[Tensor]) -> tuple[Any, ...]:
     """Second derivatives: rare, so in plain PyTorch, which keeps them differentiable in turn."""
-    groups, columns, penalty = ctx.shape
+    masks, groups, columns, penalty = ctx.shape
     *layers, coefficients = ctx.saved_tensors
     count = len(groups)
-    weights, biases, pruned = _split(layers, count)
+    weights, biases, pruned, targets = _split(layers, count, masks)
     weight_grads, bias_grads, coefficient_grads = [], [], []
     for i, (weight, bias, group) in enumerate(zip(weights, biases, groups, strict=True)):
-        mask = pruned[i] if pruned else None
         along, coefficient = reference.gram_penalty_grad_grad(
-            reference.filter_matrices(weight, bias, group, mask),
-            reference.filter_matrices(directions[i], directions[count + i], group, mask),
+            weight,
+            bias,
+            (directions[i], directions[count + i]),
             coefficients[i],
+            group,
             columns[i],
             get_penalty(penalty),
+            pruned[i] if pruned else None,
+            targets[i] if targets else None,
         )
         weight_grad, bias_grad = _like_layer(along, weight, bias)
         weight_grads.append(weight_grad)
         bias_grads.append(bias_grad)
         coefficient_grads.append(coefficient)
-    factors, no_masks = torch.stack(coefficient_grads), [None] * len(pruned)
-    return weight_grads, bias_grads, no_masks, None, factors, None, None, None, None
+    factors, none = torch.stack(coefficient_grads), ([None] * len(pruned), [None] * len(targets))
+    return weight_grads, bias_grads, *none, None, factors, None, None, None, None
 
 
 # --- gram: the Gram matrices [g, m, m] of all layers, flat, one after the other
@@ -200,6 +208,7 @@ def _add_gram_penalty_grad_fake(
     weights: list[Tensor],
     biases: list[Tensor],
     pruned: list[Tensor],
+    targets: list[Tensor],
     grads: list[Tensor],
     bias_grads: list[Tensor],
     coefficients: Tensor,

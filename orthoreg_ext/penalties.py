@@ -1,8 +1,9 @@
 """The table of named penalties.
 
 An entrywise penalty is P(W) = sum_ij phi(R_ij), where R is the residual of the Gram matrix G:
-G - I where the target is the identity, G with a zero diagonal where only pairs count. Its gradient
-is 2 phi'(R) W (side "rows", G = W W^T) or 2 W phi'(R) (side "cols", G = W^T W).
+G - T for a diagonal target T, G with a zero diagonal where only pairs count, or the cosines of G.
+Its gradient is 2 S W (side "rows", G = W W^T) or 2 W S (side "cols", G = W^T W), with
+S = phi'(R) unless R are cosines.
 
 A new penalty is one row here and one functor of the same name in csrc/common/entrywise.h, which the
 CPU and the CUDA kernels share; tests/test_gram_penalty.py then covers it. Without the functor the
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,24 +30,31 @@ class Penalty:
         name: the name used everywhere, in Python and in C++.
         formula: what it computes, for reports and error messages.
         source: paper or released code.
-        identity: whether the diagonal of the Gram matrix is driven to one. If not, the diagonal
-            of R is zero and the norms of the filters are free.
+        diagonal: what stands on the diagonal of R: ``"target"`` G_ii less its target (1, or what
+            the filter is given, or 0 if it is pruned), ``"free"`` zero, so that the norms of the
+            filters are free, ``"kept"`` G_ii.
         value: phi, entrywise.
         slope: phi', entrywise; 0 where phi has a kink.
         curvature: phi'', entrywise, almost everywhere.
         sides_agree: whether the values on the two sides differ by exactly n - k with equal
             gradients, so that the smaller Gram matrix serves for both.
+        cosines: whether R is G_ij / sqrt(G_ii G_jj) instead of G; rows of zeros give 0.
+        counts: whether a pair of filters counts, from two bool tensors that say which filters of
+            it are marked. With it `pruned` marks filters instead of leaving them out, and filters
+            (rows) are compared whatever side is asked for.
         compiled: whether csrc/common/entrywise.h has a functor of that name.
     """
 
     name: str
     formula: str
     source: str
-    identity: bool
+    diagonal: Literal["target", "free", "kept"]
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
     curvature: Callable[[Tensor], Tensor]
     sides_agree: bool = False
+    cosines: bool = False
+    counts: Callable[[Tensor, Tensor], Tensor] | None = None
     compiled: bool = True
 
 
@@ -67,7 +76,7 @@ PENALTIES: dict[str, Penalty] = {
                 "Lubana et al., arXiv 2009.05014; the released code takes the entrywise L1 norm, "
                 "neither squared nor Frobenius, and the side is part of the definition"
             ),
-            identity=True,
+            diagonal="target",
             value=torch.abs,
             slope=torch.sign,
             curvature=torch.zeros_like,
@@ -76,7 +85,7 @@ PENALTIES: dict[str, Penalty] = {
             name="so",
             formula="sum (G - I)^2",
             source="soft orthogonality: Xie et al. 2017; Bansal et al. 2018",
-            identity=True,
+            diagonal="target",
             value=torch.square,
             slope=_twice,
             curvature=_two,
@@ -86,10 +95,33 @@ PENALTIES: dict[str, Penalty] = {
             name="offdiag",
             formula="sum_{i != j} G_ij^2",
             source="soft orthogonality with free norms, for filters in front of BatchNorm",
-            identity=False,
+            diagonal="free",
             value=torch.square,
             slope=_twice,
             curvature=_two,
+        ),
+        Penalty(
+            name="cosine",
+            formula="sum_{i != j} cos(w_i, w_j)^2",
+            source="`offdiag` of normalised filters: a function of their directions alone",
+            diagonal="free",
+            value=torch.square,
+            slope=_twice,
+            curvature=_two,
+            cosines=True,
+        ),
+        Penalty(
+            name="tpp",
+            formula="sum G_ij^2 over i or j marked",
+            source=(
+                "Wang and Fu, arXiv 2207.12534, who take its mean: coefficient 1 / n^2; the "
+                "released code sums over the same pairs, the diagonal of the marked ones included"
+            ),
+            diagonal="kept",
+            value=torch.square,
+            slope=_twice,
+            curvature=_two,
+            counts=torch.logical_or,
         ),
     )
 }

@@ -9,6 +9,7 @@ as one more column where one is given. An empty bias means none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,10 +17,14 @@ from torch import Tensor
 
 
 class Entrywise(Protocol):
-    """What an entrywise penalty has to say: phi, phi' and the target (see penalties.py)."""
+    """What an entrywise penalty has to say: phi, phi', phi'' and R (see penalties.py)."""
 
     @property
-    def identity(self) -> bool: ...  # noqa: D102
+    def diagonal(self) -> str: ...  # noqa: D102
+    @property
+    def cosines(self) -> bool: ...  # noqa: D102
+    @property
+    def counts(self) -> Callable[[Tensor, Tensor], Tensor] | None: ...  # noqa: D102
     @property
     def value(self) -> Callable[[Tensor], Tensor]: ...  # noqa: D102
     @property
@@ -57,34 +62,85 @@ def gram(matrices: Tensor, columns: bool) -> Tensor:  # [g, n, k] -> [g, n, n] o
         return matrices.mT @ matrices if columns else matrices @ matrices.mT
 
 
-def targets(
-    pruned: Tensor | None,  # bool [groups * n] or empty
-    groups: int,
-    columns: bool,
-) -> Tensor | None:  # bool [g, n]
-    """Which rows of the Gram matrices have the target 1; None for all of them."""
-    if pruned is None or not pruned.numel() or columns:
-        return None
-    kept: Tensor = (~pruned).unflatten(0, (groups, -1))
-    return kept
+@dataclass(frozen=True)
+class Rows:
+    """What a penalty knows of the rows of one layer's Gram matrices, where these are filters."""
+
+    pruned: Tensor | None = None  # bool [g, n]: left out, or marked
+    targets: Tensor | None = None  # [g, n]
+
+    @classmethod
+    def of(
+        cls,
+        pruned: Tensor | None,  # bool [groups * n] or empty
+        targets: Tensor | None,  # [groups * n] or empty
+        groups: int,
+        columns: bool,
+    ) -> Rows:
+        """Of flat tensors, of which an empty one and None mean none."""
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or not tensor.numel() or columns:
+                return None
+            by_group: Tensor = tensor.unflatten(0, (groups, -1))
+            return by_group
+
+        return cls(rows(pruned), rows(targets))
+
+
+def cosines_of(gram_matrix: Tensor) -> tuple[Tensor, Tensor]:  # [g, m, m] -> [g, m, m], [g, m]
+    """G_ij / sqrt(G_ii G_jj) with a zero diagonal, and 1 / sqrt(G_ii); 0 for rows of zeros."""
+    square = gram_matrix.diagonal(dim1=-2, dim2=-1)
+    zero = square == 0
+    inverse = torch.where(zero, 0, square.masked_fill(zero, 1).rsqrt())
+    turned = gram_matrix * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
+    return without_diagonal(turned), inverse
+
+
+def without_diagonal(matrix: Tensor) -> Tensor:  # [g, m, m]
+    """The matrix with zeros on its diagonal."""
+    eye = torch.eye(matrix.shape[-1], dtype=torch.bool, device=matrix.device)
+    return matrix.masked_fill(eye, 0)
 
 
 def residual(
     gram_matrix: Tensor,  # [g, m, m]
-    identity: bool,
-    target: Tensor | None = None,  # bool [g, m]
+    penalty: Entrywise,
+    rows: Rows,
 ) -> Tensor:  # [g, m, m]
-    """R = G - I with the target on its diagonal, or G without its diagonal."""
-    eye = torch.eye(gram_matrix.shape[-1], dtype=gram_matrix.dtype, device=gram_matrix.device)
-    if not identity:
-        return gram_matrix * (1 - eye)
-    return gram_matrix - (eye if target is None else eye * target.unsqueeze(-1))
+    """R: G - T, or the cosines, with zeros for the entries that do not count."""
+    if penalty.cosines:
+        return cosines_of(gram_matrix)[0]
+    rest = gram_matrix
+    if penalty.diagonal == "target":
+        target = torch.ones_like(rest[..., 0]) if rows.targets is None else rows.targets
+        if rows.pruned is not None:
+            target = target.masked_fill(rows.pruned, 0)
+        rest = rest - torch.diag_embed(target)
+    return only_counted(rest, penalty, rows)
+
+
+def only_counted(entries: Tensor, penalty: Entrywise, rows: Rows) -> Tensor:  # [g, m, m]
+    """Puts 0 for the entries that the penalty does not see."""
+    if penalty.counts is not None:
+        marked = rows.pruned
+        if marked is None:
+            marked = torch.zeros_like(entries[..., 0], dtype=torch.bool)
+        counts = penalty.counts(marked.unsqueeze(-1), marked.unsqueeze(-2))
+        entries = entries.masked_fill(~counts, 0)
+    return without_diagonal(entries) if penalty.diagonal == "free" else entries
+
+
+def _left_out(penalty: Entrywise, pruned: Tensor | None) -> Tensor | None:
+    """The filters that read as zeros."""
+    return None if penalty.counts is not None else pruned
 
 
 def gram_penalty(
     weights: Sequence[Tensor],  # each [groups * n, ...]
     biases: Sequence[Tensor],  # each [groups * n] or empty
     pruned: Sequence[Tensor],  # each bool [groups * n] or empty; or none at all
+    targets: Sequence[Tensor],  # each [groups * n] or empty; or none at all
     groups: Sequence[int],
     columns: Sequence[bool],
     offsets: Sequence[float],
@@ -92,17 +148,39 @@ def gram_penalty(
 ) -> Tensor:  # [L]
     """P_l = offset_l + sum_ij phi(R_ij) for each layer, summed over its groups.
 
-    A pruned filter reads as zeros, with target 0 for its norm: it adds nothing.
+    A pruned filter reads as zeros, with target 0 for its norm: it adds nothing; unless it is only
+    marked (see `counts` in penalties.py).
     """
     values = []
     for i, (weight, bias, group, column) in enumerate(
         zip(weights, biases, groups, columns, strict=True)
     ):
         mask = pruned[i] if pruned else None
-        matrix = gram(filter_matrices(weight, bias, group, mask), column)
-        rest = residual(matrix, penalty.identity, targets(mask, group, column))
+        rows = Rows.of(mask, targets[i] if targets else None, group, column)
+        matrices = filter_matrices(weight, bias, group, _left_out(penalty, mask))
+        rest = residual(gram(matrices, column), penalty, rows)
         values.append(penalty.value(rest).sum() + offsets[i])
     return torch.stack(values)
+
+
+def slopes(
+    matrices: Tensor,  # [g, n, k]
+    columns: bool,
+    penalty: Entrywise,
+    rows: Rows,
+) -> Tensor:  # [g, m, m]
+    """S, the derivative of P in the entries of G.
+
+    That is phi'(R), but of cosines C, with d = sqrt(G_ii), S_ij = phi'(C_ij) / (d_i d_j) and
+    S_ii = -sum_j phi'(C_ij) C_ij / d_i^2.
+    """
+    matrix = gram(matrices, columns)
+    if not penalty.cosines:
+        return penalty.slope(residual(matrix, penalty, rows))
+    cosine, inverse = cosines_of(matrix)
+    slope = penalty.slope(cosine)
+    turn = -(slope * cosine).sum(-1) * inverse.square()
+    return slope * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2)) + torch.diag_embed(turn)
 
 
 def gram_penalty_grad(
@@ -110,44 +188,53 @@ def gram_penalty_grad(
     coefficient: Tensor,  # []
     columns: bool,
     penalty: Entrywise,
+    rows: Rows,
 ) -> Tensor:  # [g, n, k]
-    """dP/dW = 2 c S W (rows) or 2 c W S (columns), with S = phi'(R).
-
-    A pruned filter, a row of zeros, needs no target here: its entry of S meets nothing but zeros.
-    """
-    slope = penalty.slope(residual(gram(matrices, columns), penalty.identity))
+    """dP/dW = 2 c S W (rows) or 2 c W S (columns)."""
+    slope = slopes(matrices, columns, penalty, rows)
     with torch.autocast(matrices.device.type, enabled=False):
         return 2 * coefficient * (matrices @ slope if columns else slope @ matrices)
 
 
 def gram_penalty_grad_grad(
-    matrices: Tensor,  # [g, n, k]
-    direction: Tensor,  # [g, n, k], V
+    weight: Tensor,  # [groups * n, ...]
+    bias: Tensor,  # [groups * n] or empty
+    directions: tuple[Tensor, Tensor],  # like weight and bias, V
     coefficient: Tensor,  # []
+    groups: int,
     columns: bool,
     penalty: Entrywise,
+    pruned: Tensor | None = None,  # bool [groups * n] or empty
+    targets: Tensor | None = None,  # [groups * n] or empty
 ) -> tuple[Tensor, Tensor]:  # [g, n, k], []
     """Gradient of <V, gram_penalty_grad> with respect to W and to the coefficient.
 
     With Q = phi''(R) . sym(V W^T) the first is 2 c (S V + 2 Q W), on the columns
-    2 c (V S + 2 W Q) with Q = phi''(R) . sym(W^T V); the second is 2 <V, S W>.
-    Pruned filters are zeros in W and in V.
+    2 c (V S + 2 W Q) with Q = phi''(R) . sym(W^T V); the second is 2 <V, S W>. Those of cosines
+    are left to autograd.
     """
-    rest = residual(gram(matrices, columns), penalty.identity)
+    mask = _left_out(penalty, pruned)
+    rows = Rows.of(pruned, targets, groups, columns)
+    matrices = filter_matrices(weight, bias, groups, mask)
+    direction = filter_matrices(*directions, groups, mask)
+    if penalty.cosines:
+        differentiable = torch.is_grad_enabled() and matrices.requires_grad
+        with torch.enable_grad():
+            leaf = matrices if differentiable else matrices.detach().requires_grad_()
+            unit = gram_penalty_grad(leaf, torch.ones_like(coefficient), columns, penalty, rows)
+            inner = (direction * unit).sum()
+            (along,) = torch.autograd.grad(inner, leaf, create_graph=True)
+        return coefficient * along, inner
+    rest = residual(gram(matrices, columns), penalty, rows)
     slope = penalty.slope(rest)
     with torch.autocast(matrices.device.type, enabled=False):
         cross = matrices.mT @ direction if columns else direction @ matrices.mT
-        bend = residual_mask(penalty, penalty.curvature(rest)) * (cross + cross.mT)  # 2 Q
+        bend = only_counted(penalty.curvature(rest), penalty, rows) * (cross + cross.mT)  # 2 Q
         if columns:
             moved, turned, unit = direction @ slope, matrices @ bend, matrices @ slope
         else:
             moved, turned, unit = slope @ direction, bend @ matrices, slope @ matrices
     return 2 * coefficient * (moved + turned), 2 * (direction * unit).sum()
-
-
-def residual_mask(penalty: Entrywise, entries: Tensor) -> Tensor:  # [g, m, m] -> [g, m, m]
-    """Drops the diagonal of `entries` where the penalty does not see it."""
-    return entries if penalty.identity else residual(entries, identity=False)
 
 
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

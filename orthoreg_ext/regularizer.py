@@ -96,8 +96,13 @@ class OrthoRegularizer:
             raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
         if isinstance(layer_weights, str):
             choose("layer_weights", layer_weights, LAYER_WEIGHTS)
+        if get_penalty(penalty).counts is not None:
+            raise ValueError(
+                f"penalty {penalty!r} is about the filters to prune, which a regulariser of "
+                "a whole model does not know: use functional.add_gram_penalty_grad_ with pruned="
+            )
         self.model = model
-        self.penalty = get_penalty(penalty).name
+        self.penalty = penalty
         self.strength = float(strength)
         self.side = choose("side", side, SIDES)
         self.every = every

@@ -12,6 +12,12 @@ from torch import Tensor
 import orthoreg_ext as ox
 from orthoreg_ext.backend import BACKENDS
 from orthoreg_ext.build_info import compiled, reason
+from orthoreg_ext.penalties import PENALTIES
+from orthoreg_ext.reference import Rows, filter_matrices, slopes
+
+NAMES = sorted(PENALTIES)
+MARKING = [name for name in NAMES if PENALTIES[name].counts is not None]
+LEAVING_OUT = [name for name in NAMES if name not in MARKING]  # the filters that are pruned
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +164,61 @@ def random_layers(
         layers.biases.append(bias)
         layers.groups.append(groups)
     return layers
+
+
+def penalty_arguments(
+    name: str, side: str, weights: list[Tensor], seed: int = 0
+) -> dict[str, object]:
+    """The penalty on that side; one that marks filters gets random ones, and the rows."""
+    if name in LEAVING_OUT:
+        return {"penalty": name, "side": side}
+    generator = torch.Generator().manual_seed(seed)
+    marks = [torch.rand(len(w), generator=generator).lt(0.4).to(w.device) for w in weights]
+    return {"penalty": name, "side": "rows" if side == "cols" else side, "pruned": marks}
+
+
+def random_targets(weights: list[Tensor], seed: int) -> list[float | Tensor | None]:
+    """A number, one for each filter, or none, layer after layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (None, 0.5 + i, torch.rand(len(w), generator=generator).to(w.device))[i % 3]
+        for i, w in enumerate(weights)
+    ]
+
+
+def gradient_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
+    """relative_error; `floor` is the least size of `want` that counts."""
+    error = float((got.detach().double().cpu() - want.detach().double().cpu()).norm())
+    return error / max(float(want.detach().double().norm()), floor, 1e-30) if error > 0 else 0.0
+
+
+def gradient_floor(
+    name: str, side: str, layers: Layers, targets: list[float | Tensor | None] | None = None
+) -> list[float]:
+    """For each of layers.parameters(), how large the terms of its gradient are.
+
+    The gradient of cosines is what is left of S W after most of it has cancelled (all of it for
+    parallel filters), and so it may be with targets, so that its rounding errors are small beside
+    |S| |W| only; a few of them meet, hence the factor. 0 for others.
+    """
+    if name != "cosine" and targets is None:
+        return [0.0] * len(layers.parameters())
+    weights, biases = [], []
+    for i, (w, b, groups) in enumerate(
+        zip(layers.weights, layers.biases, layers.groups, strict=True)
+    ):
+        matrices = filter_matrices(w.detach(), w[:0, 0] if b is None else b.detach(), groups)
+        target = None if targets is None else targets[i]
+        columns = target is None and (
+            side == "cols" or (side == "small" and matrices.shape[1] > matrices.shape[2])
+        )
+        aims = None if target is None else torch.as_tensor(target).cpu().to(w.dtype).expand(len(w))
+        slope = slopes(matrices, columns, PENALTIES[name], Rows.of(None, aims, groups, columns))
+        rows, slope = matrices.abs(), slope.abs()
+        terms = 8 * (rows @ slope if columns else slope @ rows)
+        weights.append(float(terms.norm()))
+        biases += [] if b is None else [float(terms[..., -1].norm())]
+    return [*weights, *biases]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

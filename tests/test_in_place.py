@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import orthoreg_ext as ox
-from orthoreg_ext.penalties import PENALTIES
-from tests.conftest import Layers, Target, random_layers
-
-NAMES = sorted(PENALTIES)
+from tests.conftest import LEAVING_OUT, NAMES, Layers, Target, random_layers
 
 
 class Operators(TorchDispatchMode):
@@ -83,18 +80,23 @@ def test_prepared_equals_the_call_bit_for_bit(target: Target, seed: int) -> None
     layers = dense_layers(seed, target, dtype)
     masks = random_masks(layers, seed) if seed % 2 else []
     count, ops = len(layers.weights), target.namespace
-    columns = [(seed + i) % 2 for i in range(count)]
     offsets = [float(i) for i in range(count)]
-    fixed = (layers.groups, columns, offsets, NAMES[seed % 3], "3xtf32")
-    number = ops.prepare_gram_penalty(layers.weights, layers.biases, masks, *fixed)
-    tensors = [*layers.weights, *layers.biases]
+    name = NAMES[seed % len(NAMES)]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
+    targets = []
+    if seed % 3 == 0:
+        targets = [torch.rand(len(w), dtype=compute).to(target.device) for w in layers.weights]
+    columns = [int(name in LEAVING_OUT and not targets) * (seed + i) % 2 for i in range(count)]
+    fixed = (layers.groups, columns, offsets, name, "3xtf32")
+    of_rows = (masks, targets)
+    number = ops.prepare_gram_penalty(layers.weights, layers.biases, *of_rows, *fixed)
+    tensors = [*layers.weights, *layers.biases]
     for step in range(3):
         coefficients = torch.rand(count, dtype=compute).to(target.device)
         grads = [torch.full_like(t, step) for t in tensors]
         same = [t.clone(memory_format=torch.preserve_format) for t in grads]
         want = ops.add_gram_penalty_grad_(
-            *(layers.weights, layers.biases, masks, grads[:count], grads[count:]),
+            *(layers.weights, layers.biases, *of_rows, grads[:count], grads[count:]),
             *(coefficients, *fixed),
         )
         got = ops.add_prepared_gram_penalty_grad_(
@@ -119,7 +121,7 @@ class Prepared:
         self.masks = [m.to(target.device) for m in self.masks]
         self.fixed = ([1, 1], [0, 1], [0.0, 0.0], "so", "ieee")
         self.number = self.ops.prepare_gram_penalty(
-            self.weights, self.biases, self.masks, *self.fixed
+            self.weights, self.biases, self.masks, [], *self.fixed
         )
         self.grads = [torch.zeros_like(t) for t in (*self.weights, self.biases[0])]
 
@@ -134,7 +136,8 @@ class Prepared:
     def call(self) -> tuple[Tensor, list[Tensor]]:
         grads = [torch.zeros_like(t) for t in (*self.weights, self.biases[0])]
         values = self.ops.add_gram_penalty_grad_(
-            *(self.weights, self.biases, self.masks, grads[:2], [grads[2], self.biases[1]]),
+            *(self.weights, self.biases, self.masks, []),
+            *(grads[:2], [grads[2], self.biases[1]]),
             *(torch.ones(2, device=self.device), *self.fixed),
         )
         return values, grads
@@ -217,7 +220,7 @@ def test_use_after_release_is_a_clear_error(prepared: Prepared) -> None:
 
 
 def test_unknown_names_are_refused_when_preparing(prepared: Prepared) -> None:
-    plain = (prepared.weights, prepared.biases, [], [1, 1], [0, 0], [0.0, 0.0])
+    plain = (prepared.weights, prepared.biases, [], [], [1, 1], [0, 0], [0.0, 0.0])
     with pytest.raises(RuntimeError, match="no precision is named 'fp8'"):
         prepared.ops.prepare_gram_penalty(*plain, "so", "fp8")
     with pytest.raises(RuntimeError, match="no compiled penalty is named 'sow'"):

@@ -13,10 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.build_info import compiled
-from orthoreg_ext.penalties import PENALTIES
-from tests.conftest import Target
-
-NAMES = sorted(PENALTIES)
+from tests.conftest import MARKING, NAMES, Target
 
 
 def layers(target: Target, dtype: torch.dtype = torch.float64, requires_grad: bool = True):
@@ -50,24 +47,27 @@ def test_opcheck(target: Target, requires_grad: bool, masked: bool) -> None:
     weights, biases, groups = layers(target, torch.float32, requires_grad)
     columns, offsets = [0, 1, 0], [0.0, 1.0, 2.0]
     pruned = masks(target) if masked else []
+    targets = [torch.ones(len(w), device=target.device) for w in weights] if masked else []
+    targets[1:2] = [t.new_empty(0) for t in targets[1:2]]  # of the layer with columns
     ops = target.namespace
     check = torch.library.opcheck
     check(ops.gram.default, (weights, biases, groups, columns, "ieee"))
-    plain = (weights, biases, pruned, groups, columns, offsets)
+    plain = (weights, biases, pruned, targets, groups, columns, offsets)
     for name in NAMES:
-        check(ops.gram_penalty.default, (*plain, name, "3xtf32"))
+        sides = plain if name not in MARKING else (*plain[:5], [0, 0, 0], offsets)
+        check(ops.gram_penalty.default, (*sides, name, "3xtf32"))
     slopes = ops.gram_penalty(*plain, "so", "3xtf32")[1].detach()
     coefficients = torch.ones(3, device=target.device, requires_grad=requires_grad)
     check(
         ops.gram_penalty_grad.default,
-        (weights, biases, pruned, slopes, coefficients, groups, columns, "so", "mixed"),
+        (*plain[:4], slopes, coefficients, groups, columns, "so", "mixed"),
     )
     plain = [w.detach() for w in weights], [b.detach() for b in biases]
     grads = [torch.zeros_like(t) for t in plain[0]], [torch.zeros_like(t) for t in plain[1]]
     check(
         ops.add_gram_penalty_grad_.default,
         (
-            *(*plain, pruned, *grads, coefficients.detach()),
+            *(*plain, pruned, targets, *grads, coefficients.detach()),
             *(groups, columns, offsets, "so", "mixed-bf16"),
         ),
     )
@@ -77,16 +77,22 @@ def test_opcheck(target: Target, requires_grad: bool, masked: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("side", ["rows", "cols"])
-@pytest.mark.parametrize("masked", [False, True])
+def cases() -> list[tuple[str, str, bool, bool]]:
+    """Name, side, with masks, with targets."""
+    some = [(n, s, m, False) for n in NAMES for s in ("rows", "cols") for m in (False, True)]
+    aimed = [(n, "rows", m, True) for n in ("orthoreg", "so") for m in (False, True)]
+    return [c for c in [*some, *aimed] if c[0] not in MARKING or c[1:3] == ("rows", True)]
+
+
+@pytest.mark.parametrize(("name", "side", "masked", "aimed"), cases())
 def test_gradients_of_first_and_second_order(
-    target: Target, name: str, side: str, masked: bool
+    target: Target, name: str, side: str, masked: bool, aimed: bool
 ) -> None:
     weights, biases, groups = layers(target)
     pruned = masks(target) if masked else None
     if pruned is not None:
         pruned[1] = None
+    targets = [0.5, None, torch.arange(6.0, device=target.device)] if aimed else None
     inputs = [*weights, biases[0], biases[2]]
     factors = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=target.device)
 
@@ -98,6 +104,7 @@ def test_gradients_of_first_and_second_order(
             biases=[bias_a, None, bias_c],
             groups=groups,
             pruned=pruned,
+            targets=targets,
             coefficients=coefficients,
         )
 
@@ -121,7 +128,7 @@ def test_gradients_of_the_gram_matrix(target: Target, side: str) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_second_order_gradients_equal_the_reference(target: Target, name: str, masked) -> None:
     found = []
-    pruned = masks(target) if masked else [None] * 3
+    pruned = masks(target) if masked or name in MARKING else [None] * 3
     pruned[1] = None
     for backend in (target.name, "reference"):
         weights, _, groups = layers(target)
@@ -168,8 +175,9 @@ def test_compiles_into_one_graph(target: Target, engine: str) -> None:
 def test_forward_mode_derivatives_are_right(target: Target, name: str) -> None:
     weight = torch.randn(4, 5, dtype=torch.float64, device=target.device)
     along = torch.randn_like(weight)
+    pruned = [torch.tensor([1, 2])] if name in MARKING else None
     for function in (
-        lambda w: F.gram_penalty([w], name).sum(),
+        lambda w: F.gram_penalty([w], name, pruned=pruned).sum(),
         lambda w: F.gram([w])[0].square().sum(),
     ):
         _, tangent = torch.func.jvp(function, (weight,), (along,))

@@ -120,7 +120,7 @@ def test_operators_refuse_other_names(target: Target) -> None:
     with pytest.raises(RuntimeError, match="no precision is named 'fp8'"):
         target.namespace.gram([weight], [empty], [1], [0], "fp8")
     with pytest.raises(RuntimeError, match="no precision is named 'fp8'"):
-        target.namespace.gram_penalty([weight], [empty], [], [1], [0], [0.0], "so", "fp8")
+        target.namespace.gram_penalty([weight], [empty], [], [], [1], [0], [0.0], "so", "fp8")
 
 
 class Calls:

@@ -14,20 +14,27 @@ from torch import Tensor
 
 import orthoreg_ext as ox
 import orthoreg_ext.functional as F
-from orthoreg_ext.penalties import PENALTIES
 from orthoreg_ext.reference import FISHER_DIAG, REDUCTIONS, SCORES, compute_dtype
-from tests.conftest import Layers, random_layers, relative_error
+from tests.conftest import (
+    NAMES,
+    Layers,
+    gradient_error,
+    gradient_floor,
+    penalty_arguments,
+    random_layers,
+    random_targets,
+)
 
 # A sanitizer watches memory, not numbers, and costs a factor of a hundred: one order that is
 # neither of the plain ones, and each code path once.
 SANITIZED = "ORTHOREG_EMU_SANITIZE" in os.environ
 SCHEDULES = ("7",) if SANITIZED else ("up", "down", "7")
 DTYPES = [torch.float32, torch.float64]
-PATHS = ["orthoreg"]  # penalties differ in a line of the epilogue
+PATHS = ["orthoreg", "cosine"]  # others differ in a line of the epilogue
 PRODUCTS = [("3xtf32", "128"), ("bf16", "32")]
 if not SANITIZED:
     DTYPES += [torch.float16, torch.bfloat16]
-    PATHS = list(PENALTIES)
+    PATHS = NAMES
     PRODUCTS += [("mixed", "64"), ("mixed-bf16", "128"), ("tf32", "32"), ("bf16", "64")]
 
 
@@ -43,16 +50,28 @@ def layers_of(dtype: torch.dtype) -> Layers:
     return layers
 
 
-def all_results(layers: Layers) -> list[Tensor]:
-    """Everything that the kernels compute, for all penalties, sides and dimensions."""
+def all_results(layers: Layers) -> tuple[list[Tensor], list[float]]:
+    """Everything that the kernels compute, for all penalties, sides and dimensions.
+
+    With it the size that errors are small beside, where that is not the result's.
+    """
     results: list[Tensor] = []
+    floors: dict[int, float] = {}  # by the place of the result
     for name in PATHS:
         for side in ("rows", "cols"):
-            value = F.gram_penalty(penalty=name, side=side, **layers.arguments())
+            chosen = penalty_arguments(name, side, layers.weights)
+            value = F.gram_penalty(**chosen, **layers.arguments())
+            first = len(results) + 1
             results += [value, *torch.autograd.grad(value.sum(), layers.parameters())]
+            floors |= dict(enumerate(gradient_floor(name, side, layers), first))
     for parameter in layers.parameters():
         parameter.grad = torch.ones_like(parameter)
-    results.append(F.add_gram_penalty_grad_(strength=0.5, **layers.arguments()))
+    targets = random_targets(layers.weights, 1)
+    results.append(F.add_gram_penalty_grad_(strength=0.5, targets=targets, **layers.arguments()))
+    small = Layers(layers.weights[-2:], layers.biases[-2:], [1, 1])  # in one launch
+    results.append(F.add_gram_penalty_grad_(strength=0.5, penalty="cosine", **small.arguments()))
+    first = len(results)
+    floors |= dict(enumerate(gradient_floor("cosine", "small", layers), first))
     results += [parameter.grad.clone() for parameter in layers.parameters()]
     results += F.gram(side="small", **layers.arguments())
     weights = [w.detach() for w in layers.weights]
@@ -72,7 +91,7 @@ def all_results(layers: Layers) -> list[Tensor]:
     half = torch.arange(len(filters)) // 2
     for reduction in REDUCTIONS:
         results += F.group_scores([filters], [[(0, None), (0, half)]], reduction)
-    return results
+    return results, [floors.get(i, 0.0) for i in range(len(results))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,15 +103,15 @@ def test_every_schedule_gives_the_same_bits(
     for schedule in SCHEDULES:
         monkeypatch.setenv("CUDA_EMU_ORDER", schedule)
         with ox.backend(emulator):
-            runs.append(all_results(layers))
+            runs.append(all_results(layers)[0])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
     with ox.backend("reference"):
-        want = all_results(layers.double())
+        want, floors = all_results(layers.double())
     rounding = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 1e-12}.get(dtype, 1e-5)
-    for got, expected in zip(runs[0], want, strict=True):
+    for got, expected, floor in zip(runs[0], want, floors, strict=True):
         # gradients are stored in the weights' precision, scores are taken of rounded cosines
-        assert relative_error(got, expected) <= 4 * rounding
+        assert gradient_error(got, expected, floor) <= 4 * rounding
 
 
 @pytest.mark.parametrize(("precision", "tile"), PRODUCTS)

@@ -1,9 +1,14 @@
 // The entrywise penalties, for the CPU and the CUDA kernels alike. A new one is a functor here, its
 // name in Penalties, and a row of the same name in orthoreg_ext/penalties.py.
 //
-// With r an entry of the residual R of a Gram matrix:
+// With G a Gram matrix and r an entry of its residual R:
 //   kName       the name used everywhere
-//   kIdentity   R = G - I; otherwise R = G without its diagonal, and the diagonal of S is 0
+//   kDiagonal   R off the diagonal is G; what stands on it, see Diagonal
+//   kCosines    R is not G but its cosines G_ij / sqrt(G_ii G_jj), and its diagonal is free; the
+//               penalty then is a function of the directions alone
+//   kMarked     `pruned` marks filters (the penalty says which pairs count) instead of leaving them
+//               out
+//   counts(a, b)  with kMarked: whether a pair of filters counts, a and b being marked or not
 //   value(r)    phi(r), summed over all entries
 //   slope(r)    phi'(r), the entry of S; 0 where phi has a kink
 #pragma once
@@ -18,9 +23,20 @@
 
 namespace orthoreg {
 
-struct AbsoluteResidual {
+enum class Diagonal {
+  kTarget,  // R_ii = G_ii - t_i: 1, or what the filter is given, or 0 where it is pruned
+  kFree,    // R_ii = 0, and S_ii = 0
+  kKept,    // R_ii = G_ii
+};
+
+struct Entrywise {
+  static constexpr Diagonal kDiagonal = Diagonal::kTarget;
+  static constexpr bool kCosines = false, kMarked = false;
+  ORTHOREG_HOST_DEVICE static bool counts(bool, bool) { return true; }
+};
+
+struct AbsoluteResidual : Entrywise {
   static constexpr const char* kName = "orthoreg";
-  static constexpr bool kIdentity = true;
   template <class T>
   ORTHOREG_HOST_DEVICE static T value(T r) {
     return r < T(0) ? -r : r;
@@ -31,9 +47,8 @@ struct AbsoluteResidual {
   }
 };
 
-struct SquaredResidual {
+struct SquaredResidual : Entrywise {
   static constexpr const char* kName = "so";
-  static constexpr bool kIdentity = true;
   template <class T>
   ORTHOREG_HOST_DEVICE static T value(T r) {
     return r * r;
@@ -46,7 +61,19 @@ struct SquaredResidual {
 
 struct SquaredPairs : SquaredResidual {
   static constexpr const char* kName = "offdiag";
-  static constexpr bool kIdentity = false;
+  static constexpr Diagonal kDiagonal = Diagonal::kFree;
+};
+
+struct SquaredCosines : SquaredPairs {
+  static constexpr const char* kName = "cosine";
+  static constexpr bool kCosines = true;
+};
+
+struct SquaredMarkedPairs : SquaredResidual {
+  static constexpr const char* kName = "tpp";
+  static constexpr Diagonal kDiagonal = Diagonal::kKept;
+  static constexpr bool kMarked = true;
+  ORTHOREG_HOST_DEVICE static bool counts(bool a, bool b) { return a || b; }
 };
 
 template <class... Penalty>
@@ -63,9 +90,18 @@ struct PenaltyList {
     int i = 0;
     ((i++ == id ? visit(Penalty{}) : void()), ...);
   }
+  // Whether the penalty in that place has the trait.
+  ORTHOREG_HOST_DEVICE static bool takes_cosines(int id) {
+    int i = 0;
+    return ((i++ == id && Penalty::kCosines) || ...);
+  }
+  static bool marks(const std::string& name) {
+    return ((name == Penalty::kName && Penalty::kMarked) || ...);
+  }
 };
 
-using Penalties = PenaltyList<AbsoluteResidual, SquaredResidual, SquaredPairs>;
+using Penalties = PenaltyList<AbsoluteResidual, SquaredResidual, SquaredPairs, SquaredCosines,
+                              SquaredMarkedPairs>;
 
 // Calls visit(Penalty{}) for the penalty of that name; false if there is none.
 template <class Visit>

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "entrywise.h"
 #include "precision.h"
 
 namespace orthoreg {
@@ -20,7 +21,9 @@ using torch::stable::Tensor;
 struct Layer {
   const void* weight;
   const void* bias;       // null without one
-  const uint8_t* pruned;  // null, or 1 for each filter that reads as zeros and has no target
+  const uint8_t* pruned;  // null, or 1 for each filter that reads as zeros and has target 0
+  const uint8_t* marked;  // null, or 1 for each filter that the penalty marks
+  const void* targets;    // null, or what stands for 1 on the diagonal, in the computing precision
   ScalarType dtype;
   int64_t groups, n, k;
   int64_t stride;  // from one filter to the next, in elements
@@ -32,6 +35,14 @@ struct Layer {
   int64_t m() const { return columns ? width() : n; }
   int64_t inner() const { return columns ? n : width(); }  // what a Gram entry sums over
   bool is_pruned(int64_t filter) const { return pruned != nullptr && pruned[filter] != 0; }
+};
+
+// What a penalty adds to the layers of a call; each list has an entry a layer or none at all.
+struct PenaltyArguments {
+  std::string penalty;  // empty for none
+  std::vector<double> offsets = {};
+  std::vector<Tensor> pruned = {};   // bool [groups * n] each, or empty
+  std::vector<Tensor> targets = {};  // [groups * n] each in the computing precision, or empty
 };
 
 inline Precision read_precision(const std::string& name) {
@@ -91,9 +102,13 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
                                       const std::vector<Tensor>& biases,
                                       const std::vector<int64_t>& groups,
                                       const std::vector<int64_t>& columns = {},
-                                      const std::vector<double>& offsets = {},
-                                      const std::vector<Tensor>& pruned = {}) {
+                                      const PenaltyArguments& of = {}) {
   const size_t count = weights.size();
+  const std::vector<Tensor>&pruned = of.pruned, &targets = of.targets;
+  const std::vector<double>& offsets = of.offsets;
+  STD_TORCH_CHECK(of.penalty.empty() || Penalties::id(of.penalty) >= 0,
+                  "no compiled penalty is named '", of.penalty, "'");
+  const bool marks = Penalties::marks(of.penalty);
   STD_TORCH_CHECK(count > 0, "an operator needs at least one weight");
   STD_TORCH_CHECK(biases.size() == count && groups.size() == count, "expected ", count,
                   " biases and groups, got ", biases.size(), " and ", groups.size());
@@ -103,6 +118,8 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
                   offsets.size());
   STD_TORCH_CHECK(pruned.empty() || pruned.size() == count, "expected ", count, " masks, got ",
                   pruned.size());
+  STD_TORCH_CHECK(targets.empty() || targets.size() == count, "expected ", count, " targets, got ",
+                  targets.size());
   constexpr int64_t kMost = 1 << 30;  // kernels count in 32 bits
   std::vector<Layer> layers;
   layers.reserve(count);
@@ -134,19 +151,33 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
                       "pruned[", i, "] must be a contiguous bool [", w.size(0),
                       "] on the device of its weight");
     }
-    int64_t k = 1;
-    for (int64_t d = 1; d < w.dim(); ++d) k *= w.size(d);
-    Layer layer{w.const_data_ptr(),
-                with_bias ? b.const_data_ptr() : nullptr,
-                with_mask ? static_cast<const uint8_t*>(pruned[i].const_data_ptr()) : nullptr,
-                w.scalar_type(),
-                groups[i],
-                w.size(0) / groups[i],
-                k,
-                w.size(0) > 1 ? w.stride(0) : k,
-                !columns.empty() && columns[i] != 0,
-                offsets.empty() ? 0.0 : offsets[i],
-                slopes};
+    const bool with_targets = !targets.empty() && targets[i].numel() > 0;
+    if (with_targets) {
+      check_tensor(targets[i], weights[0], "targets", i);
+      STD_TORCH_CHECK(targets[i].scalar_type() == compute_type(weights) && targets[i].dim() == 1 &&
+                          targets[i].is_contiguous() && targets[i].size(0) == w.size(0),
+                      "targets[", i, "] must be a contiguous [", w.size(0),
+                      "] in the computing precision");
+    }
+    Layer layer{};
+    layer.weight = w.const_data_ptr();
+    layer.bias = with_bias ? b.const_data_ptr() : nullptr;
+    layer.dtype = w.scalar_type();
+    layer.groups = groups[i];
+    layer.n = w.size(0) / groups[i];
+    layer.k = 1;
+    for (int64_t d = 1; d < w.dim(); ++d) layer.k *= w.size(d);
+    layer.stride = w.size(0) > 1 ? w.stride(0) : layer.k;
+    layer.columns = !columns.empty() && columns[i] != 0;
+    layer.offset = offsets.empty() ? 0.0 : offsets[i];
+    layer.slopes = slopes;
+    STD_TORCH_CHECK(!layer.columns || (!marks && !with_targets), "weights[", i,
+                    "]: marks and targets belong to filters, and its columns are compared");
+    if (with_mask) {
+      (marks ? layer.marked : layer.pruned) =
+          static_cast<const uint8_t*>(pruned[i].const_data_ptr());
+    }
+    if (with_targets) layer.targets = targets[i].const_data_ptr();
     slopes += layer.groups * layer.m() * layer.m();
     layers.push_back(layer);
   }

@@ -31,6 +31,8 @@ constexpr int64_t kWorkOfLargeTiles = 264 * 1024;  // tiles times inner entries
 constexpr int64_t kFusedWork = int64_t(1) << 30;
 constexpr int64_t kFusedRows = 64;
 
+constexpr int kRowsOfBlock = 8;  // of Gram matrices, one a warp
+
 struct Shape {
   int64_t groups, n, width;  // filters of a group, entries of a filter with its bias
   bool columns;
@@ -53,7 +55,7 @@ struct Item {
 };
 
 struct Launch {
-  int tile;
+  int tile;                 // 0 where there is none
   std::vector<Item> items;  // the dearest units first
   int64_t units = 0;
 };
@@ -61,6 +63,7 @@ struct Launch {
 struct Plan {
   bool fused = false;  // `gradient` does everything, its units being a layer's shares
   std::vector<Launch> gram, gradient;
+  std::vector<Launch> cosines;  // a unit is kRowsOfBlock rows; see plan_cosines
   int64_t parts = 0;  // of the penalty, and those of layer l are [first_part[l], first_part[l + 1])
   std::vector<int64_t> first_part;
   int64_t slab_entries = 0;  // of the workspace for the sums of split tiles
@@ -178,6 +181,27 @@ inline void plan_gram(const std::vector<Shape>& shapes, int tile_of_all, Plan& o
   out.parts = out.first_part.back();
   for (Launch& launch : out.gram) {
     for (Item& item : launch.items) item.first_part = out.first_part[item.layer];
+  }
+}
+
+// After plan_gram, for penalties on cosines: a pass over the rows of all Gram matrices, and each
+// row is a part of the penalty.
+inline void plan_cosines(const std::vector<Shape>& shapes, Plan& out) {
+  const auto rows = [&](int i) { return shapes[i].groups * shapes[i].m(); };
+  std::vector<int> layers;
+  out.first_part.assign(1, 0);
+  for (int i = 0; i < static_cast<int>(shapes.size()); ++i) {
+    layers.push_back(i);
+    out.first_part.push_back(out.first_part.back() + rows(i));
+  }
+  out.parts = out.first_part.back();
+  plan::add_launches(
+      out.cosines, 0, layers, [&](int i) { return Item{i, divide_up(rows(i), kRowsOfBlock), 0}; },
+      [&](int i) { return shapes[i].m(); });
+  for (auto* launches : {&out.gram, &out.cosines}) {
+    for (Launch& launch : *launches) {
+      for (Item& item : launch.items) item.first_part = out.first_part[item.layer];
+    }
   }
 }
 

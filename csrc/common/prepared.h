@@ -4,12 +4,12 @@
 // A backend derives its own class, builds its plan in the constructor, and registers
 //
 //   int64_t prepare_gram_penalty(std::vector<Tensor> weights, std::vector<Tensor> biases,
-//                                std::vector<Tensor> pruned, std::vector<int64_t> groups,
-//                                std::vector<int64_t> columns, std::vector<double> offsets,
-//                                std::string penalty, std::string precision) {
-//     return keep_prepared(std::make_unique<PreparedHere>(
-//         Prepared::Arguments{weights, biases, pruned, groups, columns, offsets, penalty,
-//                             precision}));
+//                                std::vector<Tensor> pruned, std::vector<Tensor> targets,
+//                                std::vector<int64_t> groups, std::vector<int64_t> columns,
+//                                std::vector<double> offsets, std::string penalty,
+//                                std::string precision) {
+//     return keep_prepared(std::make_unique<PreparedHere>(Prepared::Arguments{
+//         weights, biases, groups, columns, {penalty, offsets, pruned, targets}, precision}));
 //   }
 //
 // for its dispatch key. The other two operators are the same for every backend (prepared.cpp).
@@ -28,26 +28,25 @@
 
 namespace orthoreg {
 
-// Keeps weights, biases and masks alive, though not where they lie: a tensor that gets other memory
-// (through .data) of the same shape, order, type and device is followed.
+// Keeps its tensors alive, though not where they lie: one that gets other memory (through .data) of
+// the same shape, order, type and device is followed.
 class Prepared {
  public:
   struct Arguments {
-    std::vector<Tensor> weights, biases, pruned;
+    std::vector<Tensor> weights, biases;
     std::vector<int64_t> groups, columns;
-    std::vector<double> offsets;
-    std::string penalty, precision;
+    PenaltyArguments of;
+    std::string precision;
   };
 
   explicit Prepared(Arguments arguments)
       : arguments_(std::move(arguments)),
         layers_(read_layers(arguments_.weights, arguments_.biases, arguments_.groups,
-                            arguments_.columns, arguments_.offsets, arguments_.pruned)),
+                            arguments_.columns, arguments_.of)),
         gradients_(layers_.size()) {
     read_precision(arguments_.precision);
-    STD_TORCH_CHECK(visit_penalty(arguments_.penalty, [](auto) {}),
-                    "no compiled penalty is named '", arguments_.penalty, "'");
-    for (const auto* list : {&arguments_.weights, &arguments_.biases, &arguments_.pruned}) {
+    for (const auto* list :
+         {&arguments_.weights, &arguments_.biases, &arguments_.of.pruned, &arguments_.of.targets}) {
       for (const Tensor& tensor : *list) forms_.emplace_back(tensor);
     }
   }
@@ -123,9 +122,17 @@ class Prepared {
         layers_[i].bias = biases[i].const_data_ptr();
         gradients_[i].bias = grads[next++].mutable_data_ptr();
       }
-      if (layers_[i].pruned != nullptr) {
-        if (!forms_[2 * count + i].fits(arguments_.pruned[i])) return false;
-        layers_[i].pruned = static_cast<const uint8_t*>(arguments_.pruned[i].const_data_ptr());
+      size_t form = 2 * count + i;  // of a mask, then of targets
+      if (const std::vector<Tensor>& masks = arguments_.of.pruned; !masks.empty()) {
+        if (!forms_[form].fits(masks[i])) return false;
+        const auto data = static_cast<const uint8_t*>(masks[i].const_data_ptr());
+        if (layers_[i].pruned != nullptr) layers_[i].pruned = data;
+        if (layers_[i].marked != nullptr) layers_[i].marked = data;
+        form += count;
+      }
+      if (layers_[i].targets != nullptr) {
+        if (!forms_[form].fits(arguments_.of.targets[i])) return false;
+        layers_[i].targets = arguments_.of.targets[i].const_data_ptr();
       }
     }
     STD_TORCH_CHECK(next == grads.size(), "expected ", next, " gradients, got ", grads.size());
@@ -135,7 +142,7 @@ class Prepared {
   const Arguments arguments_;
   std::vector<Layer> layers_;
   std::vector<Gradient> gradients_;
-  std::vector<Form> forms_;  // of the weights, the biases, the masks
+  std::vector<Form> forms_;  // of the weights, the biases, the masks, the targets
   std::mutex mutex_;
 };
 

@@ -10,7 +10,7 @@
 namespace orthoreg::cuda {
 
 // The element types of weights and gradients; the numbers travel in kernel parameters.
-enum class Type : int32_t { kDouble, kFloat, kHalf, kBFloat16 };
+enum class Type : uint8_t { kDouble, kFloat, kHalf, kBFloat16 };
 
 // Element i of an array, in the computing precision T. The switch is uniform over a block.
 template <class T>

@@ -1,5 +1,5 @@
 // gram, and the Gram matrices of the penalties: a launch for each tile size, two where tiles are
-// sliced, and one that adds up the penalties.
+// sliced, one for cosines, and one that adds up the penalties.
 #include "gram.cuh"
 #include "gram.h"
 #include "visit_tile.cuh"
@@ -37,6 +37,16 @@ void finish_tiles(const std::vector<Layer>& layers, const Wave& wave, const Laun
 }
 
 template <class T>
+void take_cosines(const std::vector<Layer>& layers, const Wave& wave, int penalty,
+                  const Tensor& out, double* rows, cudaStream_t stream) {
+  for (const Launch& one : wave.plan.cosines) {
+    const auto problems = make_problems(layers, wave, one, {}, penalty);
+    launch_all(cosine_kernel<T>, one.units, 32 * kRowsOfBlock, 0, stream, *problems, data<T>(out),
+               rows, wave.plan.parts);
+  }
+}
+
+template <class T>
 void add_parts(const std::vector<Layer>& layers, const Wave& wave, const double* parts, T* values,
                cudaStream_t stream) {
   auto totals = std::make_unique<Totals>();
@@ -70,8 +80,9 @@ Tensor gram(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector
 void form_grams(const std::vector<Layer>& layers, const Wave& wave, Product product, int penalty,
                 const Tensor& out, void* values, cudaStream_t stream) {
   const bool in_double = out.scalar_type() == ScalarType::Double;
-  const Tensor parts =
-      torch::stable::new_empty(out, {penalty < 0 ? 0 : wave.plan.parts}, ScalarType::Double);
+  const bool cosines = Penalties::takes_cosines(penalty);
+  const Tensor parts = torch::stable::new_empty(
+      out, {penalty < 0 ? 0 : (cosines ? 2 : 1) * wave.plan.parts}, ScalarType::Double);
   const Tensor slabs = torch::stable::new_empty(out, {wave.plan.slab_entries});
   for (const Launch& one : wave.plan.gram) {
     if (in_double) {
@@ -97,11 +108,16 @@ void form_grams(const std::vector<Layer>& layers, const Wave& wave, Product prod
     }
   }
   if (values == nullptr) return;
-  if (in_double) {
-    add_parts(layers, wave, data<double>(parts), static_cast<double*>(values), stream);
-  } else {
-    add_parts(layers, wave, data<double>(parts), static_cast<float*>(values), stream);
-  }
+  const auto finish = [&](auto zero) {
+    using T = decltype(zero);
+    double* mine = data<double>(parts);
+    if (cosines) {
+      take_cosines<T>(layers, wave, penalty, out, mine, stream);
+      mine += wave.plan.parts;
+    }
+    add_parts(layers, wave, mine, static_cast<T*>(values), stream);
+  };
+  in_double ? finish(double{}) : finish(float{});
 }
 
 }  // namespace orthoreg::cuda

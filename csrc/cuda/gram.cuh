@@ -1,9 +1,9 @@
 // Grouped Gram matrices with an entrywise epilogue; Tile is SimtTile or TensorTile.
 //
 // For every layer and group: G = W W^T or W^T W, then S = phi'(R) and sum phi(R) (see
-// common/entrywise.h), or G itself. A unit of work is one tile of the lower triangle, or one slice
-// of its inner entries where they are many; units are numbered layer by layer, the dearest first
-// (common/plan.h), and blocks take them in turns.
+// common/entrywise.h), or G itself: alone, or for cosines.cuh to go on with. A unit of work is one
+// tile of the lower triangle, or one slice of its inner entries where they are many; units are
+// numbered layer by layer, the dearest first (common/plan.h), and blocks take them in turns.
 //   reads 2 kTile rows of W a unit, kTile on the diagonal; writes its tile of S and, off the
 //   diagonal, the mirror image
 //   cost: m^2 inner / 2 multiply-adds a matrix, and the tiles' overhang; m^2 stores
@@ -11,8 +11,7 @@
 // by finish_tiles_kernel, the tiles' parts of the penalty in theirs by finish_penalty_kernel.
 #pragma once
 
-#include "../common/entrywise.h"
-#include "problem.cuh"
+#include "cosines.cuh"
 
 namespace orthoreg::cuda {
 
@@ -109,19 +108,27 @@ __device__ __forceinline__ void form_gram_tile(const Problem& p, const GramTile&
   __syncthreads();
 }
 
-// From the sums of a whole tile to its part of S, or of G if there is no penalty. Returns its part
-// of the penalty in thread 0. matrix: the group's S.
+// From the sums of a whole tile to its part of S, or of G if there is no penalty or it is one on
+// cosines. Returns its part of the penalty in thread 0.
+//   matrix: the group's S;  inverse: for cosines, where 1 / sqrt(G_ii) of the group goes
 template <class Tile>
 __device__ __forceinline__ double finish_gram_tile(const Problem& p, const GramTile& at,
                                                    int penalty, char* shared, const double* exact,
-                                                   typename Tile::Number* matrix) {
+                                                   typename Tile::Number* matrix, double* inverse) {
   using Number = typename Tile::Number;
   constexpr int kTile = Tile::kTile, kStride = kTileStride<Tile>;
   Number* tile = reinterpret_cast<Number*>(shared);
   const int m = gram_size(p);
   const bool small = m <= kSmall, diagonal = at.on_diagonal();
-  const uint8_t* untargeted =  // G's rows are filters, and some of them are left out
-      p.pruned == nullptr || p.columns ? nullptr : p.pruned + static_cast<int64_t>(at.group) * p.n;
+  const int64_t first = static_cast<int64_t>(at.group) * p.n;
+  const uint8_t* flags =  // of G's rows, where these are filters
+      p.pruned == nullptr || p.columns ? nullptr : p.pruned + first;
+  const auto flagged = [&](int i) { return flags != nullptr && flags[i] != 0; };
+  const auto target = [&](int i) {
+    return p.targets == nullptr
+               ? 1.0
+               : static_cast<double>(static_cast<const Number*>(p.targets)[first + i]);
+  };
   double part = 0;
 #pragma unroll 1
   for (int e = threadIdx.x; e < kTile * kTile; e += Tile::kThreads) {
@@ -130,14 +137,20 @@ __device__ __forceinline__ double finish_gram_tile(const Problem& p, const GramT
     const bool summed_exactly = diagonal && (small || r == c);
     const double sum = summed_exactly ? exact[small ? r * kSmall + c : r] : 0;
     Number value = summed_exactly ? static_cast<Number>(sum) : tile[r * kStride + c];
+    if (i == j && inverse != nullptr) inverse[i] = inverse_root(sum);
     Penalties::visit(penalty, [&](auto functor) {
       using Penalty = decltype(functor);
-      if (i == j) {
-        const bool target = untargeted == nullptr || untargeted[i] == 0;
-        value = Penalty::kIdentity ? static_cast<Number>(sum - (target ? 1 : 0)) : Number(0);
+      if constexpr (!Penalty::kCosines) {
+        if (i == j && Penalty::kDiagonal == Diagonal::kTarget) {
+          value = static_cast<Number>(sum - (flagged(i) ? 0 : target(i)));
+        }
+        if ((i == j && Penalty::kDiagonal == Diagonal::kFree) ||
+            (Penalty::kMarked && !Penalty::counts(flagged(i), flagged(j)))) {
+          value = 0;
+        }
+        part += (i == j ? 1 : 2) * static_cast<double>(Penalty::value(value));
+        value = Penalty::slope(value);
       }
-      part += (i == j ? 1 : 2) * static_cast<double>(Penalty::value(value));
-      value = Penalty::slope(value);
     });
     matrix[static_cast<int64_t>(i) * p.slope_stride + j] = value;
     tile[r * kStride + c] = value;
@@ -153,7 +166,25 @@ __device__ __forceinline__ double finish_gram_tile(const Problem& p, const GramT
   return penalty < 0 ? 0 : block_sum<Tile::kThreads>(part, scratch);
 }
 
-// out: S (or G) of all layers; parts: one a tile, unused for plain G; slabs: kSlabEntries a unit of
+// Finishes a tile for all layers' `out`, and leaves in `parts` what a later launch needs.
+template <class Tile>
+__device__ __forceinline__ void keep_gram_tile(const Problems& problems, const Problem& p,
+                                               const GramTile& at, char* shared,
+                                               const double* exact, typename Tile::Number* out,
+                                               double* parts) {
+  double* inverse = nullptr;
+  if (Penalties::takes_cosines(problems.penalty)) {
+    inverse = parts + p.first_part + static_cast<int64_t>(at.group) * gram_size(p);
+  }
+  const double part = finish_gram_tile<Tile>(p, at, problems.penalty, shared, exact,
+                                             out + slopes_at(p, at.group), inverse);
+  if (threadIdx.x == 0 && problems.penalty >= 0 && inverse == nullptr) {
+    parts[p.first_part + at.tile] = part;
+  }
+}
+
+// out: S (or G) of all layers; parts: one a tile, unused for plain G, or for cosines 1 / sqrt(G_ii)
+// of each row; slabs: kSlabEntries a unit of
 // a sliced layer.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
@@ -169,9 +200,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     __syncthreads();
     form_gram_tile<Tile>(p, at, shared, exact);
     if (p.slices == 1) {
-      const double part = finish_gram_tile<Tile>(p, at, problems.penalty, shared, exact,
-                                                 out + slopes_at(p, at.group));
-      if (threadIdx.x == 0 && problems.penalty >= 0) parts[p.first_part + at.tile] = part;
+      keep_gram_tile<Tile>(problems, p, at, shared, exact, out, parts);
     } else {
       Number* slab =
           slabs + static_cast<int64_t>(p.first_slab + unit - p.first_unit) * kSlabEntries<Tile>;
@@ -217,9 +246,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     exact[threadIdx.x] = sum;
   }
   __syncthreads();
-  const double part =
-      finish_gram_tile<Tile>(p, at, problems.penalty, shared, exact, out + slopes_at(p, at.group));
-  if (threadIdx.x == 0 && problems.penalty >= 0) parts[p.first_part + at.tile] = part;
+  keep_gram_tile<Tile>(problems, p, at, shared, exact, out, parts);
 }
 
 // The layers of a launch of finish_penalty_kernel.

@@ -105,6 +105,7 @@ AddPlan plan_add(const std::vector<Layer>& layers, bool in_double, const std::st
     const int tile = tile_of_all(out.precision.gram);
     if (!plan_fused(mine, tile, wave.plan)) {
       plan_gram(mine, tile, wave.plan);
+      if (Penalties::takes_cosines(out.penalty)) plan_cosines(mine, wave.plan);
       plan_gradient(mine, tile_of_all(out.precision.gradient), wave.plan);
     }
     for (const Shape& s : mine) {  // rows of whole 16 bytes
@@ -151,10 +152,12 @@ Tensor run_add(const std::vector<Layer>& layers, const AddPlan& plan,
 }
 
 std::tuple<Tensor, Tensor> gram_penalty(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                        std::vector<Tensor> pruned, std::vector<int64_t> groups,
-                                        std::vector<int64_t> columns, std::vector<double> offsets,
-                                        std::string penalty, std::string precision) {
-  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets, pruned);
+                                        std::vector<Tensor> pruned, std::vector<Tensor> targets,
+                                        std::vector<int64_t> groups, std::vector<int64_t> columns,
+                                        std::vector<double> offsets, std::string penalty,
+                                        std::string precision) {
+  const std::vector<Layer> layers =
+      read_layers(weights, biases, groups, columns, {penalty, offsets, pruned, targets});
   const Product wanted = read_precision(precision).gram;
   const int id = read_penalty(penalty);
   const DeviceScope scope(weights[0]);
@@ -165,16 +168,18 @@ std::tuple<Tensor, Tensor> gram_penalty(std::vector<Tensor> weights, std::vector
   Tensor slopes = torch::stable::new_empty(weights[0], {slopes_size(layers)}, type);
   Wave wave = whole_wave(layers);
   plan_gram(shapes(layers), tile_of_all(product), wave.plan);
+  if (Penalties::takes_cosines(id)) plan_cosines(shapes(layers), wave.plan);
   form_grams(layers, wave, product, id, slopes, data<void>(values), current_stream(weights[0]));
   return {values, slopes};
 }
 
 std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                      std::vector<Tensor> pruned, Tensor slopes,
-                                      Tensor coefficients, std::vector<int64_t> groups,
-                                      std::vector<int64_t> columns, std::string,
-                                      std::string precision) {
-  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, {}, pruned);
+                                      std::vector<Tensor> pruned, std::vector<Tensor> targets,
+                                      Tensor slopes, Tensor coefficients,
+                                      std::vector<int64_t> groups, std::vector<int64_t> columns,
+                                      std::string penalty, std::string precision) {
+  const std::vector<Layer> layers =
+      read_layers(weights, biases, groups, columns, {penalty, {}, pruned, targets});
   check_coefficients(coefficients, weights);
   check_slopes(slopes, weights, layers);
   const Product wanted = read_precision(precision).gradient;
@@ -192,16 +197,17 @@ std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<T
 }
 
 Tensor add_gram_penalty_grad_(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                              std::vector<Tensor> pruned, std::vector<Tensor> grads,
-                              std::vector<Tensor> bias_grads, Tensor coefficients,
-                              std::vector<int64_t> groups, std::vector<int64_t> columns,
-                              std::vector<double> offsets, std::string penalty,
-                              std::string precision) {
-  const std::vector<Layer> layers = read_layers(weights, biases, groups, columns, offsets, pruned);
+                              std::vector<Tensor> pruned, std::vector<Tensor> targets,
+                              std::vector<Tensor> grads, std::vector<Tensor> bias_grads,
+                              Tensor coefficients, std::vector<int64_t> groups,
+                              std::vector<int64_t> columns, std::vector<double> offsets,
+                              std::string penalty, std::string precision) {
+  const std::vector<Layer> layers =
+      read_layers(weights, biases, groups, columns, {penalty, offsets, pruned, targets});
   check_coefficients(coefficients, weights);
-  const std::vector<Gradient> targets = read_gradients(weights, biases, grads, bias_grads);
+  const std::vector<Gradient> into = read_gradients(weights, biases, grads, bias_grads);
   const DeviceScope scope(weights[0]);
-  return run_add(layers, plan_add(layers, is_double(weights), penalty, precision), targets,
+  return run_add(layers, plan_add(layers, is_double(weights), penalty, precision), into,
                  coefficients, current_stream(weights[0]));
 }
 
@@ -209,7 +215,7 @@ class PreparedOnCuda : public Prepared {
  public:
   explicit PreparedOnCuda(Arguments given)
       : Prepared(std::move(given)),
-        plan_(plan_add(layers(), is_double(arguments().weights), arguments().penalty,
+        plan_(plan_add(layers(), is_double(arguments().weights), arguments().of.penalty,
                        arguments().precision)) {}
 
  protected:
@@ -223,13 +229,14 @@ class PreparedOnCuda : public Prepared {
 };
 
 int64_t prepare_gram_penalty(std::vector<Tensor> weights, std::vector<Tensor> biases,
-                             std::vector<Tensor> pruned, std::vector<int64_t> groups,
-                             std::vector<int64_t> columns, std::vector<double> offsets,
-                             std::string penalty, std::string precision) {
+                             std::vector<Tensor> pruned, std::vector<Tensor> targets,
+                             std::vector<int64_t> groups, std::vector<int64_t> columns,
+                             std::vector<double> offsets, std::string penalty,
+                             std::string precision) {
   STD_TORCH_CHECK(!weights.empty(), "an operator needs at least one weight");
   const DeviceScope scope(weights[0]);
-  return keep_prepared(std::make_unique<PreparedOnCuda>(
-      Prepared::Arguments{weights, biases, pruned, groups, columns, offsets, penalty, precision}));
+  return keep_prepared(std::make_unique<PreparedOnCuda>(Prepared::Arguments{
+      weights, biases, groups, columns, {penalty, offsets, pruned, targets}, precision}));
 }
 
 }  // namespace

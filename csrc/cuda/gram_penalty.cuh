@@ -43,7 +43,7 @@ __device__ __forceinline__ void put4(const Problem& p, int64_t filter, int j, T 
     }
   }
 #pragma unroll 1
-  for (int e = 0; e < 4 && j + e < p.width; ++e) {
+  for (int e = 0; e < 4 && j + e < width(p); ++e) {
     const bool bias = j + e >= p.k;
     void* to = bias ? p.bias_grad : p.grad;
     const int64_t where = bias ? filter : at + e;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void grad_tile(const Problem& p, int tile,
   __shared__ int row, column, group;
   if (threadIdx.x == 0) {
     const int down = (p.n + Tile::kTile - 1) / Tile::kTile;
-    const int across = (p.width + Tile::kTile - 1) / Tile::kTile;
+    const int across = (width(p) + Tile::kTile - 1) / Tile::kTile;
     group = tile / (down * across);
     row = tile / across % down * Tile::kTile;
     column = tile % across * Tile::kTile;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void grad_tile(const Problem& p, int tile,
 #pragma unroll 1
   for (int e = threadIdx.x; e < Tile::kTile * Tile::kTile / 4; e += Tile::kThreads) {
     const int i = e / (Tile::kTile / 4), j = e % (Tile::kTile / 4) * 4;
-    if (row + i >= p.n || column + j >= p.width) continue;
+    if (row + i >= p.n || column + j >= width(p)) continue;
     put4(p, first + row + i, column + j, factor, sum + i * kGradStride<Tile> + j, accumulate);
   }
   __syncthreads();  // shared memory is free again
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
                               typename Tile::Number* __restrict__ values) {
   using Number = typename Tile::Number;
   extern __shared__ __align__(128) char shared[];
-  __shared__ double exact[kExact<Tile>];
+  __shared__ double exact[kExact<Tile>], inverse[Tile::kTile], scratch[Tile::kThreads / 32];
   __shared__ int share;  // these two are not in registers, which the sums need
   __shared__ Number* mine;
   const Problem& p = problems.layer[find_layer(problems, blockIdx.x)];
@@ -131,13 +131,24 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   }
   const GramTile all{0, 0, 0, 0, 0};
   form_gram_tile<Tile>(p, all, shared, exact);
-  const double value = finish_gram_tile<Tile>(p, all, problems.penalty, shared, exact, mine);
+  const bool cosines = Penalties::takes_cosines(problems.penalty);
+  double value = finish_gram_tile<Tile>(p, all, problems.penalty, shared, exact, mine,
+                                        cosines ? inverse : nullptr);
+  if (cosines) {
+    __syncthreads();
+    const int m = gram_size(p);
+    for (int i = threadIdx.x / 32; i < m; i += Tile::kThreads / 32) {
+      value += cosine_row(problems.penalty, mine + static_cast<int64_t>(i) * p.slope_stride, i, m,
+                          inverse);
+    }
+    value = block_sum<Tile::kThreads>(threadIdx.x % 32 == 0 ? value : 0, scratch);
+  }
   if (share == 0 && threadIdx.x == 0) values[p.index] = static_cast<Number>(value + p.offset);
   // S goes through global memory (and stays in L2), where the copies of grad_tile find it: a
   // barrier makes what this block has written visible to all of it.
   __syncthreads();
   const int tiles =
-      (p.n + Tile::kTile - 1) / Tile::kTile * ((p.width + Tile::kTile - 1) / Tile::kTile);
+      (p.n + Tile::kTile - 1) / Tile::kTile * ((width(p) + Tile::kTile - 1) / Tile::kTile);
   for (int tile = share; tile < tiles; tile += p.units) {
     grad_tile<Tile>(p, tile, mine, coefficients, /*accumulate=*/true, shared);
   }

@@ -35,7 +35,9 @@ std::unique_ptr<Problems> make_problems(const std::vector<Layer>& layers, const 
     *p = {};
     p->weight = l.weight;
     p->bias = l.bias;
-    p->pruned = l.pruned;
+    p->targets = l.targets;
+    p->marks = l.marked != nullptr;
+    p->pruned = p->marks ? l.marked : l.pruned;
     if (!grads.empty()) {
       const Gradient& grad = grads[wave.first + item.layer];
       p->grad = grad.weight;
@@ -48,7 +50,6 @@ std::unique_ptr<Problems> make_problems(const std::vector<Layer>& layers, const 
     p->offset = l.offset;
     p->n = static_cast<int32_t>(l.n);
     p->k = static_cast<int32_t>(l.k);
-    p->width = static_cast<int32_t>(l.width());
     p->index = item.layer;
     p->first_unit = static_cast<int32_t>(item.first_unit);
     p->units = static_cast<int32_t>(item.units);

@@ -8,20 +8,22 @@ namespace orthoreg::cuda {
 
 // One layer of a launch (see common/layers.h and Item in common/plan.h), 128 bytes.
 struct Problem {
-  const void *weight, *bias;
-  const uint8_t* pruned;
+  const void *weight, *bias, *targets;
+  const uint8_t* pruned;   // or those that the penalty marks
   void *grad, *bias_grad;  // gradient kernels only
   int64_t stride, grad_stride;
-  int64_t slopes;        // where its [groups, m, m] starts in the flat buffer
-  double offset;         // added to its value
-  int32_t n, k, width;   // width = k, or k + 1 with a bias
+  int64_t slopes;  // where its [groups, m, m] starts in the flat buffer
+  double offset;   // added to its value
+  int32_t n, k;
   int32_t slope_stride;  // from one row of an [m, m] to the next
   int32_t index;         // its place in the coefficients and the values
   int32_t first_unit, units;
   int32_t first_part, slices, slice_length, first_slab;
+  int32_t groups;
   Type type;
-  int32_t columns, groups;
+  bool columns, marks;  // marks: the penalty, which filters `pruned` does not leave out
 };
+static_assert(sizeof(Problem) == 128);
 
 struct Problems {
   int32_t count, units;
@@ -30,8 +32,9 @@ struct Problems {
 };
 static_assert(sizeof(Problems) <= (kLayersPerLaunch > 30 ? 32400 : 3900), "kernel parameter space");
 
-__device__ __forceinline__ int gram_size(const Problem& p) { return p.columns ? p.width : p.n; }
-__device__ __forceinline__ int inner_size(const Problem& p) { return p.columns ? p.n : p.width; }
+__device__ __forceinline__ int width(const Problem& p) { return p.k + (p.bias != nullptr); }
+__device__ __forceinline__ int gram_size(const Problem& p) { return p.columns ? width(p) : p.n; }
+__device__ __forceinline__ int inner_size(const Problem& p) { return p.columns ? p.n : width(p); }
 
 // A matrix in memory, rows of contiguous entries; 0 outside.
 struct Matrix {
@@ -63,7 +66,7 @@ __device__ __forceinline__ Matrix filters(const Problem& p, int group) {
   const int64_t first = static_cast<int64_t>(group) * p.n;
   return {element(p.weight, first * p.stride, p.type),
           p.bias == nullptr ? nullptr : element(p.bias, first, p.type),
-          p.pruned == nullptr ? nullptr : p.pruned + first,
+          p.pruned == nullptr || p.marks ? nullptr : p.pruned + first,
           p.stride,
           p.n,
           p.k,
