@@ -40,7 +40,7 @@ LARGE: Shapes = ((2048, 2048), (512, 4608), (1000, 512))
 SCALED: Shapes = ((256, 256), (64, 576), (125, 64))  # LARGE for the emulator
 # A G - I that is nearly 0 has either sign in float32, and one flipped sign is a gradient of 1e-3:
 # `orthoreg` is compared only where none is (tests/test_benchmarks.py), as many entries have one.
-SMOOTH = ("so", "offdiag")
+SMOOTH = ("so", "offdiag", "tpp")
 CERTAIN = 1e-7
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # Of float32 where products are rounded to less; G - I cancels nothing in these random layers.
@@ -102,14 +102,20 @@ def grams(device: str, run: Run) -> Results:
     for side in ("rows", "cols"):
         out[f"gram {side}"] = F.gram(weights, side)
         for penalty in run.penalties:
-            for masks in (None, pruned):
+            marks = PENALTIES[penalty].counts is not None
+            if marks and side == "cols":
+                continue
+            for masks in (pruned,) if marks else (None, pruned):
                 leaves = [w.detach().clone().requires_grad_() for w in weights]
                 values = F.gram_penalty(leaves, penalty, side=side, pruned=masks)
                 values.sum().backward()
                 what = f"{penalty} {side}{' pruned' if masks else ''}"
                 out[f"gram_penalty {what}"] = [values.detach(), *gradients(leaves)]
             leaves = [w.detach().clone().requires_grad_() for w in weights]
-            values = F.add_gram_penalty_grad_(leaves, penalty, side=side, strength=0.5)
+            masks = pruned if marks else None
+            values = F.add_gram_penalty_grad_(
+                leaves, penalty, side=side, strength=0.5, pruned=masks
+            )
             out[f"add_gram_penalty_grad_ {penalty} {side}"] = [values, *gradients(leaves)]
     return out
 
@@ -140,9 +146,14 @@ def rest(device: str, run: Run) -> Results:
     for masks in (None, pruned):
         leaves = [w.detach().clone().requires_grad_() for w in (*weights, *biases)]
         values = F.add_gram_penalty_grad_(
-            leaves[:3], "so", strength=0.5, pruned=masks, biases=leaves[3:], groups=groups
+            *(leaves[:3], "so"),
+            strength=0.5,
+            pruned=masks,
+            targets=[2.0, None, torch.linspace(0, 1, 4, device=device)] if masks else None,
+            biases=leaves[3:],
+            groups=groups,
         )
-        what = f"biases, groups{', pruned' if masks else ''}"
+        what = f"biases, groups{', pruned, targets' if masks else ''}"
         out[f"add_gram_penalty_grad_ {what}"] = [values, *gradients(leaves)]
     out["gram biases, groups"] = F.gram(weights, "small", biases=biases, groups=groups)
     found = F.filter_scores(

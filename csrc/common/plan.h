@@ -63,6 +63,7 @@ struct Launch {
 struct Plan {
   bool fused = false;  // `gradient` does everything, its units being a layer's shares
   std::vector<Launch> gram, gradient;
+  std::vector<Launch> sliced;   // of each of `gram`: a unit is a tile whose slices are added
   std::vector<Launch> cosines;  // a unit is kRowsOfBlock rows; see plan_cosines
   int64_t parts = 0;  // of the penalty, and those of layer l are [first_part[l], first_part[l + 1])
   std::vector<int64_t> first_part;
@@ -102,6 +103,20 @@ void add_launches(std::vector<Launch>& out, int tile, std::vector<int> layers,
     item.first_unit = out.back().units;
     out.back().units += item.units;
     out.back().items.push_back(item);
+  }
+}
+
+// The launches that add up the slices, one for each of `gram`, without units where none is sliced.
+inline void add_sliced(Plan& out) {
+  for (const Launch& launch : out.gram) {
+    Launch& sliced = out.sliced.emplace_back(Launch{launch.tile, {}, 0});
+    for (Item item : launch.items) {
+      if (item.slices == 1) continue;
+      item.units /= item.slices;
+      item.first_unit = sliced.units;
+      sliced.units += item.units;
+      sliced.items.push_back(item);
+    }
   }
 }
 
@@ -182,6 +197,7 @@ inline void plan_gram(const std::vector<Shape>& shapes, int tile_of_all, Plan& o
   for (Launch& launch : out.gram) {
     for (Item& item : launch.items) item.first_part = out.first_part[item.layer];
   }
+  plan::add_sliced(out);
 }
 
 // After plan_gram, for penalties on cosines: a pass over the rows of all Gram matrices, and each
@@ -198,7 +214,7 @@ inline void plan_cosines(const std::vector<Shape>& shapes, Plan& out) {
   plan::add_launches(
       out.cosines, 0, layers, [&](int i) { return Item{i, divide_up(rows(i), kRowsOfBlock), 0}; },
       [&](int i) { return shapes[i].m(); });
-  for (auto* launches : {&out.gram, &out.cosines}) {
+  for (auto* launches : {&out.gram, &out.sliced, &out.cosines}) {
     for (Launch& launch : *launches) {
       for (Item& item : launch.items) item.first_part = out.first_part[item.layer];
     }

@@ -12,7 +12,7 @@
 namespace orthoreg::cuda {
 
 __device__ __forceinline__ double inverse_root(double square) {
-  return square == 0 ? 0 : 1 / sqrt(square);
+  return square == 0 ? 0 : rsqrt(square);
 }
 
 // Turns row i of G into row i of S; returns its part of sum phi(C) in every lane of the warp.
@@ -38,6 +38,17 @@ __device__ __forceinline__ double cosine_row(int penalty, T* row, int i, int m,
     }
   });
   return warp_sum(part);
+}
+
+// All rows of one matrix, by a whole block; the penalty in thread 0.
+template <int kThreads, class T>
+__device__ __forceinline__ double cosine_rows(int penalty, T* matrix, int stride, int m,
+                                              const double* inverse, double* scratch) {
+  double value = 0;
+  for (int i = threadIdx.x / 32; i < m; i += kThreads / 32) {
+    value += cosine_row(penalty, matrix + static_cast<int64_t>(i) * stride, i, m, inverse);
+  }
+  return block_sum<kThreads>(threadIdx.x % 32 == 0 ? value : 0, scratch);
 }
 
 // slopes: G of all layers, and S afterwards. rows: 1 / d of every row of all layers, from

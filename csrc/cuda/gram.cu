@@ -9,39 +9,31 @@ namespace {
 
 template <class Tile>
 void form_tiles(const std::vector<Layer>& layers, const Wave& wave, const Launch& launch,
-                int penalty, const Tensor& out, double* parts, const Tensor& slabs,
+                int penalty, Tables& tables, const Tensor& out, double* parts, const Tensor& slabs,
                 cudaStream_t stream) {
   using Number = typename Tile::Number;
-  const auto problems = make_problems(layers, wave, launch, {}, penalty);
+  const Problems& problems = tables.next(layers, wave, launch, {}, penalty);
   launch_persistent(gram_kernel<Tile>, launch.units, Tile::kThreads, kGramSharedBytes<Tile>, stream,
-                    *problems, data<Number>(out), parts, data<Number>(slabs));
+                    problems, data<Number>(out), parts, data<Number>(slabs));
 }
 
 template <class Tile>
-void finish_tiles(const std::vector<Layer>& layers, const Wave& wave, const Launch& launch,
-                  int penalty, const Tensor& out, double* parts, const Tensor& slabs,
-                  cudaStream_t stream) {
+void finish_tiles(const std::vector<Layer>& layers, const Wave& wave, const Launch& sliced,
+                  int penalty, Tables& tables, const Tensor& out, double* parts,
+                  const Tensor& slabs, cudaStream_t stream) {
   using Number = typename Tile::Number;
-  Launch sliced{launch.tile, {}, 0};  // a unit is a tile
-  for (Item item : launch.items) {
-    if (item.slices == 1) continue;
-    item.units /= item.slices;
-    item.first_unit = sliced.units;
-    sliced.units += item.units;
-    sliced.items.push_back(item);
-  }
   if (sliced.units == 0) return;
-  const auto problems = make_problems(layers, wave, sliced, {}, penalty);
+  const Problems& problems = tables.next(layers, wave, sliced, {}, penalty);
   launch_all(finish_tiles_kernel<Tile>, sliced.units, Tile::kThreads, kTileBytes<Tile>, stream,
-             *problems, data<Number>(out), parts, data<Number>(slabs));
+             problems, data<Number>(out), parts, data<Number>(slabs));
 }
 
 template <class T>
-void take_cosines(const std::vector<Layer>& layers, const Wave& wave, int penalty,
+void take_cosines(const std::vector<Layer>& layers, const Wave& wave, int penalty, Tables& tables,
                   const Tensor& out, double* rows, cudaStream_t stream) {
   for (const Launch& one : wave.plan.cosines) {
-    const auto problems = make_problems(layers, wave, one, {}, penalty);
-    launch_all(cosine_kernel<T>, one.units, 32 * kRowsOfBlock, 0, stream, *problems, data<T>(out),
+    const Problems& problems = tables.next(layers, wave, one, {}, penalty);
+    launch_all(cosine_kernel<T>, one.units, 32 * kRowsOfBlock, 0, stream, problems, data<T>(out),
                rows, wave.plan.parts);
   }
 }
@@ -71,48 +63,48 @@ Tensor gram(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector
   Tensor out = torch::stable::new_empty(weights[0], {slopes_size(layers)}, compute_type(weights));
   Wave wave = whole_wave(layers);
   plan_gram(shapes(layers), tile_of_all(product), wave.plan);
-  form_grams(layers, wave, product, /*penalty=*/-1, out, nullptr, current_stream(weights[0]));
+  Tables tables;
+  form_grams(layers, wave, product, /*penalty=*/-1, tables, out, nullptr,
+             current_stream(weights[0]));
   return out;
 }
 
 }  // namespace
 
 void form_grams(const std::vector<Layer>& layers, const Wave& wave, Product product, int penalty,
-                const Tensor& out, void* values, cudaStream_t stream) {
+                Tables& tables, const Tensor& out, void* values, cudaStream_t stream) {
   const bool in_double = out.scalar_type() == ScalarType::Double;
   const bool cosines = Penalties::takes_cosines(penalty);
   const Tensor parts = torch::stable::new_empty(
       out, {penalty < 0 ? 0 : (cosines ? 2 : 1) * wave.plan.parts}, ScalarType::Double);
   const Tensor slabs = torch::stable::new_empty(out, {wave.plan.slab_entries});
-  for (const Launch& one : wave.plan.gram) {
+  double* mine = data<double>(parts);
+  for (size_t i = 0; i < wave.plan.gram.size(); ++i) {
+    const Launch &one = wave.plan.gram[i], &sliced = wave.plan.sliced[i];
+    const auto form = [&](auto tile) {
+      form_tiles<decltype(tile)>(layers, wave, one, penalty, tables, out, mine, slabs, stream);
+    };
+    const auto finish = [&](auto tile) {
+      finish_tiles<decltype(tile)>(layers, wave, sliced, penalty, tables, out, mine, slabs, stream);
+    };
     if (in_double) {
-      form_tiles<SimtTile<double>>(layers, wave, one, penalty, out, data<double>(parts), slabs,
-                                   stream);
-      finish_tiles<SimtTile<double>>(layers, wave, one, penalty, out, data<double>(parts), slabs,
-                                     stream);
+      form(SimtTile<double>{});
+      finish(SimtTile<double>{});
       continue;
     }
-    visit_tile(one.tile, product, [&](auto tile) {
-      form_tiles<decltype(tile)>(layers, wave, one, penalty, out, data<double>(parts), slabs,
-                                 stream);
-    });
+    visit_tile(one.tile, product, form);
     // the slices are sums already: which product they come from makes no difference
-    const auto finish_sliced = [&](auto tile) {
-      finish_tiles<decltype(tile)>(layers, wave, one, penalty, out, data<double>(parts), slabs,
-                                   stream);
-    };
     if (product == Product::kSimt) {
-      finish_sliced(SimtTile<float>{});
+      finish(SimtTile<float>{});
     } else {
-      visit_tensor_tile<Product::kTf32>(one.tile, finish_sliced);
+      visit_tensor_tile<Product::kTf32>(one.tile, finish);
     }
   }
   if (values == nullptr) return;
   const auto finish = [&](auto zero) {
     using T = decltype(zero);
-    double* mine = data<double>(parts);
     if (cosines) {
-      take_cosines<T>(layers, wave, penalty, out, mine, stream);
+      take_cosines<T>(layers, wave, penalty, tables, out, mine, stream);
       mine += wave.plan.parts;
     }
     add_parts(layers, wave, mine, static_cast<T*>(values), stream);

@@ -110,7 +110,7 @@ __device__ __forceinline__ void form_gram_tile(const Problem& p, const GramTile&
 
 // From the sums of a whole tile to its part of S, or of G if there is no penalty or it is one on
 // cosines. Returns its part of the penalty in thread 0.
-//   matrix: the group's S;  inverse: for cosines, where 1 / sqrt(G_ii) of the group goes
+//   matrix: the group's S;  inverse: where 1 / sqrt(G_ii) of the group goes, for cosines only
 template <class Tile>
 __device__ __forceinline__ double finish_gram_tile(const Problem& p, const GramTile& at,
                                                    int penalty, char* shared, const double* exact,
@@ -137,10 +137,11 @@ __device__ __forceinline__ double finish_gram_tile(const Problem& p, const GramT
     const bool summed_exactly = diagonal && (small || r == c);
     const double sum = summed_exactly ? exact[small ? r * kSmall + c : r] : 0;
     Number value = summed_exactly ? static_cast<Number>(sum) : tile[r * kStride + c];
-    if (i == j && inverse != nullptr) inverse[i] = inverse_root(sum);
     Penalties::visit(penalty, [&](auto functor) {
       using Penalty = decltype(functor);
-      if constexpr (!Penalty::kCosines) {
+      if constexpr (Penalty::kCosines) {
+        if (i == j) inverse[i] = inverse_root(sum);
+      } else {
         if (i == j && Penalty::kDiagonal == Diagonal::kTarget) {
           value = static_cast<Number>(sum - (flagged(i) ? 0 : target(i)));
         }
@@ -172,13 +173,10 @@ __device__ __forceinline__ void keep_gram_tile(const Problems& problems, const P
                                                const GramTile& at, char* shared,
                                                const double* exact, typename Tile::Number* out,
                                                double* parts) {
-  double* inverse = nullptr;
-  if (Penalties::takes_cosines(problems.penalty)) {
-    inverse = parts + p.first_part + static_cast<int64_t>(at.group) * gram_size(p);
-  }
+  double* inverse = parts + p.first_part + static_cast<int64_t>(at.group) * gram_size(p);
   const double part = finish_gram_tile<Tile>(p, at, problems.penalty, shared, exact,
                                              out + slopes_at(p, at.group), inverse);
-  if (threadIdx.x == 0 && problems.penalty >= 0 && inverse == nullptr) {
+  if (threadIdx.x == 0 && problems.penalty >= 0 && !Penalties::takes_cosines(problems.penalty)) {
     parts[p.first_part + at.tile] = part;
   }
 }

@@ -9,6 +9,6 @@ namespace orthoreg::cuda {
 // values[l] = offset_l + the penalty of each of its layers, where values is not null.
 //   values: [wave.count()] in the computing precision
 void form_grams(const std::vector<Layer>& layers, const Wave& wave, Product product, int penalty,
-                const Tensor& out, void* values, cudaStream_t stream);
+                Tables& tables, const Tensor& out, void* values, cudaStream_t stream);
 
 }  // namespace orthoreg::cuda

@@ -41,15 +41,16 @@ void launch_gradient(const Problems& problems, const Tensor& slopes, const void*
 
 // coefficients: those of the wave's layers, on the device.
 void gradients(const std::vector<Layer>& layers, const Wave& wave,
-               const std::vector<Gradient>& grads, Product product, const Tensor& slopes,
-               const void* coefficients, bool accumulate, cudaStream_t stream) {
+               const std::vector<Gradient>& grads, Product product, Tables& tables,
+               const Tensor& slopes, const void* coefficients, bool accumulate,
+               cudaStream_t stream) {
   for (const Launch& one : wave.plan.gradient) {
-    const auto problems = make_problems(layers, wave, one, grads, -1);
+    const Problems& problems = tables.next(layers, wave, one, grads, -1);
     if (slopes.scalar_type() == ScalarType::Double) {
-      launch_gradient<SimtTile<double>>(*problems, slopes, coefficients, accumulate, stream);
+      launch_gradient<SimtTile<double>>(problems, slopes, coefficients, accumulate, stream);
     } else {
       visit_tile(one.tile, product, [&](auto tile) {
-        launch_gradient<decltype(tile)>(*problems, slopes, coefficients, accumulate, stream);
+        launch_gradient<decltype(tile)>(problems, slopes, coefficients, accumulate, stream);
       });
     }
   }
@@ -66,19 +67,19 @@ void launch_fused(const Problems& problems, const Tensor& slopes, const void* co
 
 // Launches cost more than products here, so there is one kernel for every precision of float32.
 void fused(const std::vector<Layer>& layers, const Wave& wave, const std::vector<Gradient>& grads,
-           Product product, int penalty, const Tensor& slopes, const void* coefficients,
-           void* values, cudaStream_t stream) {
+           Product product, int penalty, Tables& tables, const Tensor& slopes,
+           const void* coefficients, void* values, cudaStream_t stream) {
   for (const Launch& one : wave.plan.gradient) {
-    const auto problems = make_problems(layers, wave, one, grads, penalty);
+    const Problems& problems = tables.next(layers, wave, one, grads, penalty);
     if (slopes.scalar_type() == ScalarType::Double) {
-      launch_fused<SimtTile<double>>(*problems, slopes, coefficients, values, stream);
+      launch_fused<SimtTile<double>>(problems, slopes, coefficients, values, stream);
     } else if (product == Product::kSimt) {
-      launch_fused<SimtTile<float>>(*problems, slopes, coefficients, values, stream);
+      launch_fused<SimtTile<float>>(problems, slopes, coefficients, values, stream);
     } else if (one.tile == 32) {
-      launch_fused<TensorTile<32, Product::kTf32x3>>(*problems, slopes, coefficients, values,
+      launch_fused<TensorTile<32, Product::kTf32x3>>(problems, slopes, coefficients, values,
                                                      stream);
     } else {
-      launch_fused<TensorTile<64, Product::kTf32x3>>(*problems, slopes, coefficients, values,
+      launch_fused<TensorTile<64, Product::kTf32x3>>(problems, slopes, coefficients, values,
                                                      stream);
     }
   }
@@ -130,9 +131,10 @@ AddPlan plan_add(const std::vector<Layer>& layers, bool in_double, const std::st
 }
 
 // Adds the gradients to `grads`; returns the values [L].
-Tensor run_add(const std::vector<Layer>& layers, const AddPlan& plan,
+Tensor run_add(const std::vector<Layer>& layers, const AddPlan& plan, Tables& tables,
                const std::vector<Gradient>& grads, const Tensor& coefficients,
                cudaStream_t stream) {
+  tables.rewind();
   const Tensor values =
       torch::stable::new_empty(coefficients, {static_cast<int64_t>(layers.size())});
   const Tensor slopes = torch::stable::new_empty(coefficients, {plan.slopes_size});
@@ -141,10 +143,11 @@ Tensor run_add(const std::vector<Layer>& layers, const AddPlan& plan,
     const void* factors = data<const char>(coefficients) + wave.first * element;
     void* mine = data<char>(values) + wave.first * element;
     if (wave.plan.fused) {
-      fused(layers, wave, grads, plan.precision.gram, plan.penalty, slopes, factors, mine, stream);
+      fused(layers, wave, grads, plan.precision.gram, plan.penalty, tables, slopes, factors, mine,
+            stream);
     } else {
-      form_grams(layers, wave, plan.precision.gram, plan.penalty, slopes, mine, stream);
-      gradients(layers, wave, grads, plan.precision.gradient, slopes, factors,
+      form_grams(layers, wave, plan.precision.gram, plan.penalty, tables, slopes, mine, stream);
+      gradients(layers, wave, grads, plan.precision.gradient, tables, slopes, factors,
                 /*accumulate=*/true, stream);
     }
   }
@@ -169,7 +172,9 @@ std::tuple<Tensor, Tensor> gram_penalty(std::vector<Tensor> weights, std::vector
   Wave wave = whole_wave(layers);
   plan_gram(shapes(layers), tile_of_all(product), wave.plan);
   if (Penalties::takes_cosines(id)) plan_cosines(shapes(layers), wave.plan);
-  form_grams(layers, wave, product, id, slopes, data<void>(values), current_stream(weights[0]));
+  Tables tables;
+  form_grams(layers, wave, product, id, tables, slopes, data<void>(values),
+             current_stream(weights[0]));
   return {values, slopes};
 }
 
@@ -190,8 +195,9 @@ std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<T
   for (const Tensor& b : biases) bias_grads.push_back(torch::stable::empty_like(b));
   Wave wave = whole_wave(layers);
   plan_gradient(shapes(layers), tile_of_all(product), wave.plan);
-  gradients(layers, wave, read_gradients(weights, biases, grads, bias_grads), product, slopes,
-            data<void>(coefficients), /*accumulate=*/false, current_stream(weights[0]));
+  Tables tables;
+  gradients(layers, wave, read_gradients(weights, biases, grads, bias_grads), product, tables,
+            slopes, data<void>(coefficients), /*accumulate=*/false, current_stream(weights[0]));
   grads.insert(grads.end(), bias_grads.begin(), bias_grads.end());
   return grads;
 }
@@ -207,7 +213,8 @@ Tensor add_gram_penalty_grad_(std::vector<Tensor> weights, std::vector<Tensor> b
   check_coefficients(coefficients, weights);
   const std::vector<Gradient> into = read_gradients(weights, biases, grads, bias_grads);
   const DeviceScope scope(weights[0]);
-  return run_add(layers, plan_add(layers, is_double(weights), penalty, precision), into,
+  Tables tables;
+  return run_add(layers, plan_add(layers, is_double(weights), penalty, precision), tables, into,
                  coefficients, current_stream(weights[0]));
 }
 
@@ -221,11 +228,12 @@ class PreparedOnCuda : public Prepared {
  protected:
   Tensor add_to(const std::vector<Gradient>& gradients, const Tensor& coefficients) override {
     const DeviceScope scope(coefficients);
-    return run_add(layers(), plan_, gradients, coefficients, current_stream(coefficients));
+    return run_add(layers(), plan_, tables_, gradients, coefficients, current_stream(coefficients));
   }
 
  private:
   const AddPlan plan_;
+  Tables tables_;
 };
 
 int64_t prepare_gram_penalty(std::vector<Tensor> weights, std::vector<Tensor> biases,

@@ -122,33 +122,26 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   using Number = typename Tile::Number;
   extern __shared__ __align__(128) char shared[];
   __shared__ double exact[kExact<Tile>], inverse[Tile::kTile], scratch[Tile::kThreads / 32];
-  __shared__ int share;  // these two are not in registers, which the sums need
+  __shared__ int share, tiles;  // these are not in registers, which the sums need
   __shared__ Number* mine;
   const Problem& p = problems.layer[find_layer(problems, blockIdx.x)];
   if (threadIdx.x == 0) {
     share = blockIdx.x - p.first_unit;
     mine = slopes + slopes_at(p, share);
+    tiles = (p.n + Tile::kTile - 1) / Tile::kTile * ((width(p) + Tile::kTile - 1) / Tile::kTile);
   }
   const GramTile all{0, 0, 0, 0, 0};
   form_gram_tile<Tile>(p, all, shared, exact);
-  const bool cosines = Penalties::takes_cosines(problems.penalty);
-  double value = finish_gram_tile<Tile>(p, all, problems.penalty, shared, exact, mine,
-                                        cosines ? inverse : nullptr);
-  if (cosines) {
+  double value = finish_gram_tile<Tile>(p, all, problems.penalty, shared, exact, mine, inverse);
+  if (Penalties::takes_cosines(problems.penalty)) {
     __syncthreads();
-    const int m = gram_size(p);
-    for (int i = threadIdx.x / 32; i < m; i += Tile::kThreads / 32) {
-      value += cosine_row(problems.penalty, mine + static_cast<int64_t>(i) * p.slope_stride, i, m,
-                          inverse);
-    }
-    value = block_sum<Tile::kThreads>(threadIdx.x % 32 == 0 ? value : 0, scratch);
+    value = cosine_rows<Tile::kThreads>(problems.penalty, mine, p.slope_stride, gram_size(p),
+                                        inverse, scratch);
   }
   if (share == 0 && threadIdx.x == 0) values[p.index] = static_cast<Number>(value + p.offset);
   // S goes through global memory (and stays in L2), where the copies of grad_tile find it: a
   // barrier makes what this block has written visible to all of it.
   __syncthreads();
-  const int tiles =
-      (p.n + Tile::kTile - 1) / Tile::kTile * ((width(p) + Tile::kTile - 1) / Tile::kTile);
   for (int tile = share; tile < tiles; tile += p.units) {
     grad_tile<Tile>(p, tile, mine, coefficients, /*accumulate=*/true, shared);
   }

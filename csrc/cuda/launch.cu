@@ -22,9 +22,11 @@ Wave whole_wave(const std::vector<Layer>& layers) {
   return wave;
 }
 
-std::unique_ptr<Problems> make_problems(const std::vector<Layer>& layers, const Wave& wave,
-                                        const Launch& launch, const std::vector<Gradient>& grads,
-                                        int penalty) {
+namespace {
+
+// What does not depend on where the tensors are.
+std::unique_ptr<Problems> describe(const std::vector<Layer>& layers, const Wave& wave,
+                                   const Launch& launch, int penalty) {
   auto problems = std::make_unique<Problems>();  // 30 KB, too much for some stacks
   problems->count = static_cast<int32_t>(launch.items.size());
   problems->units = static_cast<int32_t>(launch.units);
@@ -32,18 +34,7 @@ std::unique_ptr<Problems> make_problems(const std::vector<Layer>& layers, const 
   Problem* p = problems->layer;
   for (const Item& item : launch.items) {
     const Layer& l = layers[wave.first + item.layer];
-    *p = {};
-    p->weight = l.weight;
-    p->bias = l.bias;
-    p->targets = l.targets;
     p->marks = l.marked != nullptr;
-    p->pruned = p->marks ? l.marked : l.pruned;
-    if (!grads.empty()) {
-      const Gradient& grad = grads[wave.first + item.layer];
-      p->grad = grad.weight;
-      p->bias_grad = grad.bias;
-      p->grad_stride = grad.stride;
-    }
     p->stride = l.stride;
     p->slopes = wave.slopes[item.layer];
     p->slope_stride = wave.slope_stride[item.layer];
@@ -60,6 +51,31 @@ std::unique_ptr<Problems> make_problems(const std::vector<Layer>& layers, const 
     p->type = element_type(l.dtype);
     p->columns = l.columns;
     p->groups = static_cast<int32_t>(l.groups);
+    ++p;
+  }
+  return problems;
+}
+
+}  // namespace
+
+const Problems& Tables::next(const std::vector<Layer>& layers, const Wave& wave,
+                             const Launch& launch, const std::vector<Gradient>& grads,
+                             int penalty) {
+  if (next_ == tables_.size()) tables_.push_back(describe(layers, wave, launch, penalty));
+  Problems& problems = *tables_[next_++];
+  Problem* p = problems.layer;
+  for (const Item& item : launch.items) {
+    const Layer& l = layers[wave.first + item.layer];
+    p->weight = l.weight;
+    p->bias = l.bias;
+    p->targets = l.targets;
+    p->pruned = p->marks ? l.marked : l.pruned;
+    if (!grads.empty()) {
+      const Gradient& grad = grads[wave.first + item.layer];
+      p->grad = grad.weight;
+      p->bias_grad = grad.bias;
+      p->grad_stride = grad.stride;
+    }
     ++p;
   }
   return problems;

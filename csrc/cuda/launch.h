@@ -49,10 +49,20 @@ struct Wave {
 // plan is empty.
 Wave whole_wave(const std::vector<Layer>& layers);
 
-// The parameters of a launch; grads is empty for Gram kernels.
-std::unique_ptr<Problems> make_problems(const std::vector<Layer>& layers, const Wave& wave,
-                                        const Launch& launch, const std::vector<Gradient>& grads,
-                                        int penalty);
+// The parameters of the launches of a call, one after the other. A call that makes the same
+// launches for layers of the same form, after rewind(), finds them described and only points them
+// to where the tensors are now.
+class Tables {
+ public:
+  // grads is empty for Gram kernels.
+  const Problems& next(const std::vector<Layer>& layers, const Wave& wave, const Launch& launch,
+                       const std::vector<Gradient>& grads, int penalty);
+  void rewind() { next_ = 0; }
+
+ private:
+  std::vector<std::unique_ptr<Problems>> tables_;
+  size_t next_ = 0;
+};
 
 // How many blocks of a kernel the current device holds at a time; allows the kernel that much
 // shared memory before its first launch.
