@@ -68,7 +68,7 @@ def _gram_penalty_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     weights, biases, pruned, targets, *rest = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*weights, *biases, *pruned, *targets, output[1])
+    ctx.save_for_backward(*weights, *biases, *pruned, *targets, *output)
     ctx.shape = (len(pruned), *rest)
 
 
@@ -89,12 +89,15 @@ def _gram_penalty_backward(namespace: str) -> Any:
 
     def backward(ctx: Any, grad_values: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         masks, groups, columns, _, penalty, precision = ctx.shape
-        *layers, slopes = ctx.saved_tensors
+        *layers, values, slopes = ctx.saved_tensors
         tensors = _split(layers, len(groups), masks)
         none = tuple([None] * len(of) for of in tensors)
         if grad_values is None:
             return *none, None, None, None, None, None
         factors = grad_values.contiguous()
+        if get_penalty(penalty).root:  # dP = d(P^2) / (2 P), and 0 where P is
+            zero = values == 0
+            factors = torch.where(zero, 0, factors / (2 * values.masked_fill(zero, 1)))
         grads = grad_op(*tensors, slopes, factors, groups, columns, penalty, precision)
         return *_split(grads, len(groups))[:2], *none[2:], None, None, None, None, None
 

@@ -1,9 +1,9 @@
 """The table of named penalties.
 
-An entrywise penalty is P(W) = sum_ij phi(R_ij), where R is the residual of the Gram matrix G:
-G - T for a diagonal target T, G with a zero diagonal where only pairs count, or the cosines of G.
-Its gradient is 2 S W (side "rows", G = W W^T) or 2 W S (side "cols", G = W^T W), with
-S = phi'(R) unless R are cosines.
+An entrywise penalty is P(W) = sum_ij phi(R_ij), or its root, where R is the residual of the Gram
+matrix G: G - T for a diagonal target T, G with a zero diagonal where only pairs count, or the
+cosines of G. The gradient of the sum is 2 S W (side "rows", G = W W^T) or 2 W S (side "cols",
+G = W^T W), with S = phi'(R) unless R are cosines.
 
 A new penalty is one row here and one functor of the same name in csrc/common/entrywise.h, which the
 CPU and the CUDA kernels share; tests/test_gram_penalty.py then covers it. Without the functor the
@@ -38,6 +38,7 @@ class Penalty:
         curvature: phi'', entrywise, almost everywhere.
         sides_agree: whether the values on the two sides differ by exactly n - k with equal
             gradients, so that the smaller Gram matrix serves for both.
+        root: whether P is the root of the sum; its gradient is 0 where P is.
         cosines: whether R is G_ij / sqrt(G_ii G_jj) instead of G; rows of zeros give 0.
         counts: whether a pair of filters counts, from two bool tensors that say which filters of
             it are marked. With it `pruned` marks filters instead of leaving them out, and filters
@@ -53,6 +54,7 @@ class Penalty:
     slope: Callable[[Tensor], Tensor]
     curvature: Callable[[Tensor], Tensor]
     sides_agree: bool = False
+    root: bool = False
     cosines: bool = False
     counts: Callable[[Tensor, Tensor], Tensor] | None = None
     compiled: bool = True
@@ -90,6 +92,19 @@ PENALTIES: dict[str, Penalty] = {
             slope=_twice,
             curvature=_two,
             sides_agree=True,
+        ),
+        Penalty(
+            name="frobenius",
+            formula="sqrt(sum (G - I)^2)",
+            source=(
+                "Zhang et al., AdaLoRA, arXiv 2303.10512, who square it; their released code and "
+                "PEFT do not"
+            ),
+            diagonal="target",
+            value=torch.square,
+            slope=_twice,
+            curvature=_two,
+            root=True,
         ),
         Penalty(
             name="offdiag",

@@ -22,6 +22,8 @@ class Entrywise(Protocol):
     @property
     def diagonal(self) -> str: ...  # noqa: D102
     @property
+    def root(self) -> bool: ...  # noqa: D102
+    @property
     def cosines(self) -> bool: ...  # noqa: D102
     @property
     def counts(self) -> Callable[[Tensor, Tensor], Tensor] | None: ...  # noqa: D102
@@ -146,7 +148,7 @@ def gram_penalty(
     offsets: Sequence[float],
     penalty: Entrywise,
 ) -> Tensor:  # [L]
-    """P_l = offset_l + sum_ij phi(R_ij) for each layer, summed over its groups.
+    """P_l = offset_l + sum_ij phi(R_ij) for each layer, summed over its groups, or the root of it.
 
     A pruned filter reads as zeros, with target 0 for its norm: it adds nothing; unless it is only
     marked (see `counts` in penalties.py).
@@ -160,7 +162,11 @@ def gram_penalty(
         matrices = filter_matrices(weight, bias, group, _left_out(penalty, mask))
         rest = residual(gram(matrices, column), penalty, rows)
         values.append(penalty.value(rest).sum() + offsets[i])
-    return torch.stack(values)
+    sums = torch.stack(values)
+    if not penalty.root:
+        return sums
+    zero = sums == 0
+    return torch.where(zero, 0, sums.masked_fill(zero, 1).sqrt())
 
 
 def slopes(
@@ -190,7 +196,7 @@ def gram_penalty_grad(
     penalty: Entrywise,
     rows: Rows,
 ) -> Tensor:  # [g, n, k]
-    """dP/dW = 2 c S W (rows) or 2 c W S (columns)."""
+    """dP/dW = 2 c S W (rows) or 2 c W S (columns), where P is no root."""
     slope = slopes(matrices, columns, penalty, rows)
     with torch.autocast(matrices.device.type, enabled=False):
         return 2 * coefficient * (matrices @ slope if columns else slope @ matrices)

@@ -80,7 +80,7 @@ def test_opcheck(target: Target, requires_grad: bool, masked: bool) -> None:
 def cases() -> list[tuple[str, str, bool, bool]]:
     """Name, side, with masks, with targets."""
     some = [(n, s, m, False) for n in NAMES for s in ("rows", "cols") for m in (False, True)]
-    aimed = [(n, "rows", m, True) for n in ("orthoreg", "so") for m in (False, True)]
+    aimed = [(n, "rows", m, True) for n in ("so", "frobenius") for m in (False, True)]
     return [c for c in [*some, *aimed] if c[0] not in MARKING or c[1:3] == ("rows", True)]
 
 

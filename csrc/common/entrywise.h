@@ -9,6 +9,8 @@
 //   kMarked     `pruned` marks filters (the penalty says which pairs count) instead of leaving them
 //               out
 //   counts(a, b)  with kMarked: whether a pair of filters counts, a and b being marked or not
+//   kRoot       P is the root of the sum, and its gradient, that of the sum divided by 2 P, is 0
+//               where P is
 //   value(r)    phi(r), summed over all entries
 //   slope(r)    phi'(r), the entry of S; 0 where phi has a kink
 #pragma once
@@ -31,7 +33,7 @@ enum class Diagonal {
 
 struct Entrywise {
   static constexpr Diagonal kDiagonal = Diagonal::kTarget;
-  static constexpr bool kCosines = false, kMarked = false;
+  static constexpr bool kCosines = false, kMarked = false, kRoot = false;
   ORTHOREG_HOST_DEVICE static bool counts(bool, bool) { return true; }
 };
 
@@ -57,6 +59,11 @@ struct SquaredResidual : Entrywise {
   ORTHOREG_HOST_DEVICE static T slope(T r) {
     return 2 * r;
   }
+};
+
+struct RootOfSquares : SquaredResidual {
+  static constexpr const char* kName = "frobenius";
+  static constexpr bool kRoot = true;
 };
 
 struct SquaredPairs : SquaredResidual {
@@ -95,13 +102,25 @@ struct PenaltyList {
     int i = 0;
     return ((i++ == id && Penalty::kCosines) || ...);
   }
+  ORTHOREG_HOST_DEVICE static bool takes_root(int id) {
+    int i = 0;
+    return ((i++ == id && Penalty::kRoot) || ...);
+  }
   static bool marks(const std::string& name) {
     return ((name == Penalty::kName && Penalty::kMarked) || ...);
   }
 };
 
-using Penalties = PenaltyList<AbsoluteResidual, SquaredResidual, SquaredPairs, SquaredCosines,
-                              SquaredMarkedPairs>;
+using Penalties = PenaltyList<AbsoluteResidual, SquaredResidual, RootOfSquares, SquaredPairs,
+                              SquaredCosines, SquaredMarkedPairs>;
+
+// What the gradient of the sum is multiplied by, from the layer's coefficient and, where the
+// penalty is a root, its value.
+template <class T>
+ORTHOREG_HOST_DEVICE T gradient_factor(T coefficient, const T* root) {
+  if (root == nullptr) return 2 * coefficient;
+  return *root == 0 ? T(0) : coefficient / *root;
+}
 
 // Calls visit(Penalty{}) for the penalty of that name; false if there is none.
 template <class Visit>

@@ -39,8 +39,8 @@ void take_cosines(const std::vector<Layer>& layers, const Wave& wave, int penalt
 }
 
 template <class T>
-void add_parts(const std::vector<Layer>& layers, const Wave& wave, const double* parts, T* values,
-               cudaStream_t stream) {
+void add_parts(const std::vector<Layer>& layers, const Wave& wave, const double* parts, bool root,
+               T* values, cudaStream_t stream) {
   auto totals = std::make_unique<Totals>();
   for (int first = 0; first < wave.count(); first += Totals::kMost) {
     const int last = std::min(first + Totals::kMost, wave.count());
@@ -49,7 +49,7 @@ void add_parts(const std::vector<Layer>& layers, const Wave& wave, const double*
                                   static_cast<int32_t>(wave.plan.first_part[i]),
                                   static_cast<int32_t>(wave.plan.first_part[i + 1])};
     }
-    launch_all(finish_penalty_kernel<T>, last - first, 128, 0, stream, *totals, parts,
+    launch_all(finish_penalty_kernel<T>, last - first, 128, 0, stream, *totals, parts, root,
                values + first);
   }
 }
@@ -107,7 +107,7 @@ void form_grams(const std::vector<Layer>& layers, const Wave& wave, Product prod
       take_cosines<T>(layers, wave, penalty, tables, out, mine, stream);
       mine += wave.plan.parts;
     }
-    add_parts(layers, wave, mine, static_cast<T*>(values), stream);
+    add_parts(layers, wave, mine, Penalties::takes_root(penalty), static_cast<T*>(values), stream);
   };
   in_double ? finish(double{}) : finish(float{});
 }

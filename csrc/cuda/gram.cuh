@@ -257,17 +257,19 @@ struct Totals {
   Layer layer[kMost];
 };
 
-// values[l] = offset_l + the parts of layer l, in a fixed order. One block a layer.
+// values[l] = offset_l + the parts of layer l, in a fixed order, or the root of that. One block a
+// layer.
 template <class T>
 __global__ void __launch_bounds__(128)
     finish_penalty_kernel(const __grid_constant__ Totals totals, const double* __restrict__ parts,
-                          T* __restrict__ values) {
+                          bool root, T* __restrict__ values) {
   __shared__ double scratch[4];
   const Totals::Layer& layer = totals.layer[blockIdx.x];
   double sum = 0;
   for (int i = layer.first + threadIdx.x; i < layer.last; i += 128) sum += parts[i];
   sum = block_sum<128>(sum, scratch);
-  if (threadIdx.x == 0) values[blockIdx.x] = static_cast<T>(sum + layer.offset);
+  sum += layer.offset;
+  if (threadIdx.x == 0) values[blockIdx.x] = static_cast<T>(root ? sqrt(sum) : sum);
 }
 
 }  // namespace orthoreg::cuda

@@ -32,25 +32,26 @@ int read_penalty(const std::string& name) {
 
 template <class Tile>
 void launch_gradient(const Problems& problems, const Tensor& slopes, const void* coefficients,
-                     bool accumulate, cudaStream_t stream) {
+                     const void* roots, bool accumulate, cudaStream_t stream) {
   using Number = typename Tile::Number;
   launch_persistent(gram_penalty_grad_kernel<Tile>, problems.units, Tile::kThreads,
                     kGradSharedBytes<Tile>, stream, problems, data<Number>(slopes),
-                    static_cast<const Number*>(coefficients), accumulate);
+                    static_cast<const Number*>(coefficients), static_cast<const Number*>(roots),
+                    accumulate);
 }
 
-// coefficients: those of the wave's layers, on the device.
+// coefficients: those of the wave's layers, on the device; roots: their values, or null.
 void gradients(const std::vector<Layer>& layers, const Wave& wave,
                const std::vector<Gradient>& grads, Product product, Tables& tables,
-               const Tensor& slopes, const void* coefficients, bool accumulate,
+               const Tensor& slopes, const void* coefficients, const void* roots, bool accumulate,
                cudaStream_t stream) {
   for (const Launch& one : wave.plan.gradient) {
     const Problems& problems = tables.next(layers, wave, one, grads, -1);
     if (slopes.scalar_type() == ScalarType::Double) {
-      launch_gradient<SimtTile<double>>(problems, slopes, coefficients, accumulate, stream);
+      launch_gradient<SimtTile<double>>(problems, slopes, coefficients, roots, accumulate, stream);
     } else {
       visit_tile(one.tile, product, [&](auto tile) {
-        launch_gradient<decltype(tile)>(problems, slopes, coefficients, accumulate, stream);
+        launch_gradient<decltype(tile)>(problems, slopes, coefficients, roots, accumulate, stream);
       });
     }
   }
@@ -148,7 +149,7 @@ Tensor run_add(const std::vector<Layer>& layers, const AddPlan& plan, Tables& ta
     } else {
       form_grams(layers, wave, plan.precision.gram, plan.penalty, tables, slopes, mine, stream);
       gradients(layers, wave, grads, plan.precision.gradient, tables, slopes, factors,
-                /*accumulate=*/true, stream);
+                Penalties::takes_root(plan.penalty) ? mine : nullptr, /*accumulate=*/true, stream);
     }
   }
   return values;
@@ -197,7 +198,8 @@ std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<T
   plan_gradient(shapes(layers), tile_of_all(product), wave.plan);
   Tables tables;
   gradients(layers, wave, read_gradients(weights, biases, grads, bias_grads), product, tables,
-            slopes, data<void>(coefficients), /*accumulate=*/false, current_stream(weights[0]));
+            slopes, data<void>(coefficients), /*roots=*/nullptr, /*accumulate=*/false,
+            current_stream(weights[0]));
   grads.insert(grads.end(), bias_grads.begin(), bias_grads.end());
   return grads;
 }

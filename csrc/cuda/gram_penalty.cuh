@@ -1,4 +1,5 @@
-// Grouped gradients: 2 c_l S W (rows) or 2 c_l W S (columns) for all layers, and the kernel that
+// Grouped gradients: 2 c_l S W (rows) or 2 c_l W S (columns) for all layers, with c_l / (2 P_l) for
+// c_l where the penalty P_l is a root, and the kernel that
 // does everything for small layers; Tile is SimtTile or TensorTile.
 //
 // A unit is one tile of one layer's [n, width] gradient, the bias being the last column; blocks
@@ -53,11 +54,13 @@ __device__ __forceinline__ void put4(const Problem& p, int64_t filter, int j, T 
 }
 
 // The tile-th tile of a layer's gradient, group after group, given S of its group.
+//   coefficient: the layer's;  root: null, or its penalty, if that is a root
 template <class Tile>
 __device__ __forceinline__ void grad_tile(const Problem& p, int tile,
                                           const typename Tile::Number* slopes,
-                                          const typename Tile::Number* coefficients,
-                                          bool accumulate, char* shared) {
+                                          const typename Tile::Number* coefficient,
+                                          const typename Tile::Number* root, bool accumulate,
+                                          char* shared) {
   using Number = typename Tile::Number;
   __shared__ Matrix w, s;  // not in registers, which the sums need
   __shared__ int row, column, group;
@@ -83,7 +86,7 @@ __device__ __forceinline__ void grad_tile(const Problem& p, int tile,
   Number* sum = reinterpret_cast<Number*>(shared);
   Tile::for_each(sums, [&](int i, int j, Number value) { sum[i * kGradStride<Tile> + j] = value; });
   __syncthreads();
-  const Number factor = 2 * coefficients[p.index];
+  const Number factor = gradient_factor(*coefficient, root);
   const int64_t first = static_cast<int64_t>(group) * p.n;
 #pragma unroll 1
   for (int e = threadIdx.x; e < Tile::kTile * Tile::kTile / 4; e += Tile::kThreads) {
@@ -99,13 +102,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     gram_penalty_grad_kernel(const __grid_constant__ Problems problems,
                              const typename Tile::Number* __restrict__ slopes,
                              const typename Tile::Number* __restrict__ coefficients,
-                             bool accumulate) {
+                             const typename Tile::Number* __restrict__ roots, bool accumulate) {
   extern __shared__ __align__(128) char shared[];
   for (int unit = blockIdx.x; unit < problems.units; unit += gridDim.x) {
     const Problem& p = problems.layer[find_layer(problems, unit)];
     const int tile = unit - p.first_unit, tiles_of_group = p.units / p.groups;
-    grad_tile<Tile>(p, tile, slopes + slopes_at(p, tile / tiles_of_group), coefficients, accumulate,
-                    shared);
+    grad_tile<Tile>(p, tile, slopes + slopes_at(p, tile / tiles_of_group), coefficients + p.index,
+                    roots == nullptr ? nullptr : roots + p.index, accumulate, shared);
   }
 }
 
@@ -138,12 +141,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     value = cosine_rows<Tile::kThreads>(problems.penalty, mine, p.slope_stride, gram_size(p),
                                         inverse, scratch);
   }
-  if (share == 0 && threadIdx.x == 0) values[p.index] = static_cast<Number>(value + p.offset);
+  __shared__ Number penalty;
+  if (threadIdx.x == 0) {
+    value += p.offset;
+    penalty = static_cast<Number>(Penalties::takes_root(problems.penalty) ? sqrt(value) : value);
+    if (share == 0) values[p.index] = penalty;
+  }
   // S goes through global memory (and stays in L2), where the copies of grad_tile find it: a
   // barrier makes what this block has written visible to all of it.
   __syncthreads();
   for (int tile = share; tile < tiles; tile += p.units) {
-    grad_tile<Tile>(p, tile, mine, coefficients, /*accumulate=*/true, shared);
+    grad_tile<Tile>(p, tile, mine, coefficients + p.index,
+                    Penalties::takes_root(problems.penalty) ? &penalty : nullptr,
+                    /*accumulate=*/true, shared);
   }
 }
 
