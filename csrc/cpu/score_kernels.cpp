@@ -41,7 +41,7 @@ namespace ORTHOREG_CPU_LEVEL {
 namespace {
 
 constexpr int kRows = ORTHOREG_SCORE_ROWS;
-constexpr int64_t kStrip = 256;        // columns of one tile
+constexpr int64_t kStrip = 512;        // columns of one tile
 constexpr int64_t kRun = 8;            // additions in float that make a run
 constexpr int64_t kRuns = 8;           // runs added in float, before their sum is added in double
 constexpr int64_t kAheadBytes = 1024;  // how far a single row is prefetched
@@ -105,12 +105,16 @@ ORTHOREG_INLINE void add_entries(const E* w, const E* g, typename Read<E>::T* f,
   }
 }
 
-// Asks for the memory `bytes` from p on, which need not belong to anything.
-ORTHOREG_INLINE void prefetch(const void* p, int64_t bytes) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes));
+// Asks for the line of memory at p[count], which need not belong to anything, for the cache in
+// which it can wait.
+template <class E>
+ORTHOREG_INLINE void prefetch(const E* p, int64_t count) {
+  constexpr int kRead = 0, kSecondLevel = 2;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + count * sizeof(E);
+  __builtin_prefetch(reinterpret_cast<const void*>(at), kRead, kSecondLevel);
 }
 
-// Where rows lie: entry (i, j) is at w[i * w_stride + j]; what is read next is ahead_* bytes on.
+// Where rows lie: entry (i, j) is at w[i * w_stride + j]. What is read next starts `ahead_*` on.
 template <class E>
 struct Tile {
   const E *w, *g;
@@ -119,19 +123,18 @@ struct Tile {
   int64_t ahead_w, ahead_g;
 };
 
-// The tile at (i, j); after it the same columns `down` rows on are read, or those `right` of them.
+// The tile at (i, j); the next one is `down` rows and `right` columns on.
 template <class E, class Mode>
 Tile<E> tile_at(const ScoreBlock& block, int64_t i, int64_t j, int64_t down, int64_t right) {
   using T = typename Read<E>::T;
-  constexpr int64_t kSize = sizeof(E);
   return {static_cast<const E*>(block.w) + i * block.w_stride + j,
           Mode::kGrad ? static_cast<const E*>(block.g) + i * block.g_stride + j : nullptr,
           Mode::kFisher ? static_cast<T*>(block.f) + i * block.f_stride + j : nullptr,
           block.w_stride,
           block.g_stride,
           block.f_stride,
-          (down * block.w_stride + right) * kSize,
-          (down * block.g_stride + right) * kSize};
+          down * block.w_stride + right,
+          down * block.g_stride + right};
 }
 
 // The sums of a strip of columns.
@@ -141,9 +144,11 @@ struct StripSums {
   double wg[kStrip];
 };
 
-// A vector of columns of Rows rows.
+// A vector of columns of Rows rows. Meanwhile the next tile is prefetched as it lies in memory, row
+// after row: `Rows` vectors from next_* on.
 template <class E, class Mode, int Rows>
-ORTHOREG_INLINE void add_vector(const Tile<E>& tile, int64_t j, RowSums<typename Read<E>::T>* rows,
+ORTHOREG_INLINE void add_vector(const Tile<E>& tile, int64_t j, int64_t next_w, int64_t next_g,
+                                RowSums<typename Read<E>::T>* rows,
                                 StripSums<typename Read<E>::T>* strip, int64_t strip_j) {
   using T = typename Read<E>::T;
   using V = typename Vectors<T>::V;
@@ -152,8 +157,8 @@ ORTHOREG_INLINE void add_vector(const Tile<E>& tile, int64_t j, RowSums<typename
   for (int i = 0; i < Rows; ++i) {
     const E* w = tile.w + i * tile.w_stride + j;
     const E* g = Mode::kGrad ? tile.g + i * tile.g_stride + j : nullptr;
-    prefetch(w, tile.ahead_w);
-    if constexpr (Mode::kGrad) prefetch(g, tile.ahead_g);
+    prefetch(tile.w, next_w + i * Vectors<T>::kLanes);
+    if constexpr (Mode::kGrad) prefetch(tile.g, next_g + i * Vectors<T>::kLanes);
     add_entries<E, Mode>(w, g, Mode::kFisher ? tile.f + i * tile.f_stride + j : nullptr, rows[i],
                          column);
   }
@@ -189,7 +194,7 @@ void add_rest(const Tile<E>& tile, int64_t j, int64_t count, RowSums<typename Re
       __builtin_memcpy(f + to, tile.f + i * tile.f_stride + j, count * sizeof(T));
     }
   }
-  add_vector<E, Mode, Rows>({w, g, f, kLanes, kLanes, kLanes, 0, 0}, 0, rows, strip, j);
+  add_vector<E, Mode, Rows>({w, g, f, kLanes, kLanes, kLanes, 0, 0}, 0, 0, 0, rows, strip, j);
   if constexpr (Mode::kFisher) {
     for (int i = 0; i < Rows; ++i) {
       __builtin_memcpy(tile.f + i * tile.f_stride + j, f + i * kLanes, count * sizeof(T));
@@ -231,10 +236,17 @@ void add_tile(const Tile<E>& tile, int64_t columns, RowTotals<typename Read<E>::
               StripSums<typename Read<E>::T>* strip) {
   using T = typename Read<E>::T;
   constexpr int64_t kLanes = Vectors<T>::kLanes;
+  constexpr int64_t kShare = kStrip / Rows;  // of the columns, in which a row is prefetched
+  static_assert(kShare % (kRun * kLanes) == 0 || Rows == 1, "");
   for (int64_t j = 0; j < columns;) {
     const int64_t end = j + kRun * kLanes < columns ? j + kRun * kLanes : columns;
+    const int64_t row = Rows == 1 ? 0 : j / kShare, first = Rows == 1 ? 0 : row * kShare;
+    const int64_t next_w = tile.ahead_w + row * tile.w_stride - first * Rows;
+    const int64_t next_g = tile.ahead_g + row * tile.g_stride - first * Rows;
     RowSums<T> rows[Rows] = {};
-    for (; j + kLanes <= end; j += kLanes) add_vector<E, Mode, Rows>(tile, j, rows, strip, j);
+    for (; j + kLanes <= end; j += kLanes) {
+      add_vector<E, Mode, Rows>(tile, j, next_w + j * Rows, next_g + j * Rows, rows, strip, j);
+    }
     if (j < end) {
       add_rest<E, Mode, Rows>(tile, j, end - j, rows, strip);
       j = end;
@@ -256,8 +268,12 @@ void add_strip(const ScoreBlock& block, int64_t j, RowTotals<typename Read<E>::T
     StripSums<T> strip = {};
     int64_t i = start;
     for (; i + kRows <= end; i += kRows) {
-      const bool last = i + 2 * kRows > block.rows;
-      const int64_t down = last ? -i : kRows, right = last ? kStrip : 0;
+      int64_t down = kRows, right = 0;  // then the next strip, then the next block
+      if (i + 2 * kRows > block.rows) {
+        const bool last = j + kStrip >= block.columns;
+        down = (last ? block.rows : 0) - i;
+        right = last ? -j : kStrip;
+      }
       add_tile<E, Mode, kRows>(tile_at<E, Mode>(block, i, j, down, right), columns, totals + i,
                                &strip);
     }
