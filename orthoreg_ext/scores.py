@@ -212,31 +212,33 @@ def _scores_of_plain(
     what it refuses is then converted, or refused with a better message. Networks of many small
     layers gain most.
     """
-    lists = [weights, grads or [], groups or [1] * len(weights)]
-    if torch.compiler.is_compiling() or not all(isinstance(a, (list, tuple)) for a in lists):
+    if torch.compiler.is_compiling():
         return None
-    if not weights or {*map(type, lists[2])} != {int}:
+    if not all(a is None or isinstance(a, (list, tuple)) for a in (weights, grads, groups)):
         return None
-    if not {*map(type, weights), *map(type, lists[1])} <= {Tensor, torch.nn.Parameter}:
+    if not weights or {*map(type, groups or [1])} != {int}:
+        return None
+    if not {*map(type, weights), *map(type, grads or [])} <= {Tensor, torch.nn.Parameter}:
         return None
     namespace = namespace_for(weights[0].device)
     if namespace is None:
         return None
     needs_grads = any(name not in reference.WEIGHT_ONLY for name in names)
+    counts = [1] * len(weights) if groups is None else groups
     with torch.no_grad():
         try:
             flat = getattr(torch.ops, namespace).filter_scores(
                 weights,
-                lists[1] if needs_grads else [],
+                (grads or []) if needs_grads else [],
                 [],
                 [],
-                lists[2],
+                counts,
                 2 if len(axes) == 2 else axes[0],
                 names,
             )
         except RuntimeError:
             return None
-        lengths = _lengths(weights, lists[2], axes)
+        lengths = _lengths(weights, counts, axes)
         # No views, since nothing is differentiated: half the time.
         pieces = torch.unsafe_split_with_sizes(flat.view(-1), lengths * len(names))
     count, every = len(weights), len(lengths)
@@ -253,11 +255,12 @@ def _scores_of_plain(
 
 def _lengths(weights: Sequence[Tensor], groups: Sequence[int], axes: tuple[int, ...]) -> list[int]:
     """How many scores each layer has, for one axis after the other."""
-    return [
-        w.shape[0] if axis == 0 else g * (w.shape[1] if w.dim() > 1 else 1)
-        for axis in axes
-        for w, g in zip(weights, groups, strict=True)
-    ]
+    lengths = [len(w) for w in weights] if 0 in axes else []
+    if 1 in axes:
+        lengths += [
+            g * (w.shape[1] if w.dim() > 1 else 1) for w, g in zip(weights, groups, strict=True)
+        ]
+    return lengths
 
 
 def _scores(
