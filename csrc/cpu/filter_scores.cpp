@@ -212,9 +212,9 @@ struct Scratch {
   std::vector<Sums> rows, inputs;
 
   explicit Scratch(const Units& units)
-      : kernel(units.column_rows * kRowScratch),
-        columns(units.columns * kStatistics),
-        rows(units.rows),
+      : kernel((units.column_rows + 1) * kRowScratch),  // + 1: never empty
+        columns((units.columns + 1) * kStatistics),
+        rows(units.rows + 1),
         inputs(units.inputs) {}
 };
 
