@@ -78,13 +78,18 @@ inline const void* read_score_grad(const Tensor& grad, const Tensor& weight, siz
   return grad.const_data_ptr();
 }
 
-// fisher: empty, or one accumulator in the computing precision for each weight, in its memory
-// order. Everything is checked before anything is written.
+// biases: empty, or one for each weight; bias_grads likewise. fisher: empty, or one accumulator in
+// the computing precision for each weight, in its memory order. Everything is checked before
+// anything is written.
 inline ScoreTask read_scores(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
                              const std::vector<Tensor>& biases,
                              const std::vector<Tensor>& bias_grads,
                              const std::vector<Tensor>& fisher, const std::vector<int64_t>& groups,
                              int64_t dim, const std::vector<std::string>& names) {
+  if (biases.empty() && !weights.empty()) {
+    const std::vector<Tensor> none(weights.size(), torch::stable::new_empty(weights[0], {0}));
+    return read_scores(weights, grads, none, none, fisher, groups, dim, names);
+  }
   const std::vector<Layer> layers = read_layers(weights, biases, groups);
   STD_TORCH_CHECK(dim >= 0 && dim <= 2, "dim must be 0, 1 or 2 (both), got ", dim);
   STD_TORCH_CHECK(!names.empty() && names.size() <= kMaxCriteria, "expected 1 to ", kMaxCriteria,
@@ -92,6 +97,7 @@ inline ScoreTask read_scores(const std::vector<Tensor>& weights, const std::vect
   STD_TORCH_CHECK(fisher.empty() || fisher.size() == weights.size(),
                   "expected one accumulator for each weight");
   ScoreTask task{{}, {}, dim, !fisher.empty(), !fisher.empty(), 0};
+  task.layers.reserve(layers.size());
   for (const std::string& name : names) {
     task.criteria.push_back(parse_criterion(name));
     task.with_grads |= needs_grad(task.criteria.back());
@@ -165,8 +171,7 @@ inline ScoreTask read_fisher_scores(const std::vector<Tensor>& weights,
   STD_TORCH_CHECK(!weights.empty() && fisher.size() == weights.size(),
                   "expected one accumulator for each weight, got ", fisher.size(), " for ",
                   weights.size());
-  const std::vector<Tensor> none(weights.size(), torch::stable::new_empty(weights[0], {0}));
-  ScoreTask task = read_scores(weights, grads, none, none, fisher, groups, dim, names);
+  ScoreTask task = read_scores(weights, grads, {}, {}, fisher, groups, dim, names);
   for (size_t i = 0; i < task.layers.size(); ++i) {
     for (size_t j = 0; j < i; ++j) {
       STD_TORCH_CHECK(

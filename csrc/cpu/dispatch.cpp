@@ -5,20 +5,24 @@
 
 #include "../common/registration.h"
 #include "kernels.h"
+#include "score_kernels.h"
 
 namespace orthoreg::cpu {
 namespace generic {
 extern const Kernels<float> float_kernels;
 extern const Kernels<double> double_kernels;
+extern const ScoreKernel score_kernels[kElements];
 }  // namespace generic
 #if ORTHOREG_CPU_X86
 namespace avx2 {
 extern const Kernels<float> float_kernels;
 extern const Kernels<double> double_kernels;
+extern const ScoreKernel score_kernels[kElements];
 }  // namespace avx2
 namespace avx512 {
 extern const Kernels<float> float_kernels;
 extern const Kernels<double> double_kernels;
+extern const ScoreKernel score_kernels[kElements];
 }  // namespace avx512
 #endif
 
@@ -29,6 +33,7 @@ struct Level {
   bool runs;
   const Kernels<float>* float_kernels;
   const Kernels<double>* double_kernels;
+  const ScoreKernel* score_kernels;
 };
 
 Level choose() {
@@ -39,11 +44,11 @@ Level choose() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("fma"),
-       &avx512::float_kernels, &avx512::double_kernels},
+       &avx512::float_kernels, &avx512::double_kernels, avx512::score_kernels},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-       &avx2::float_kernels, &avx2::double_kernels},
+       &avx2::float_kernels, &avx2::double_kernels, avx2::score_kernels},
 #endif
-      {"generic", true, &generic::float_kernels, &generic::double_kernels},
+      {"generic", true, &generic::float_kernels, &generic::double_kernels, generic::score_kernels},
   };
   const char* forced = std::getenv("ORTHOREG_EXT_CPU");
   std::string names;
@@ -79,6 +84,10 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
   return *chosen().double_kernels;
+}
+
+ScoreKernel score_kernel(Element element) {
+  return chosen().score_kernels[static_cast<int>(element)];
 }
 
 }  // namespace orthoreg::cpu

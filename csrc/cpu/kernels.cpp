@@ -120,49 +120,22 @@ void product(Strided<T> a, Strided<T> b, int64_t m, int64_t n, int64_t k, T* c, 
   }
 }
 
-// In double, where the product of two float32 is exact: the signed sum may cancel.
-template <class T, bool Grad>
-void sums_of(const T* w, const T* g, int64_t count, Sums* out) {
+// sum_i w_i^2 in double.
+template <class T>
+double sum_of_squares(const T* w, int64_t count) {
   constexpr int kLanes = 8;
   typedef T In __attribute__((vector_size(kLanes * sizeof(T)), aligned(alignof(T))));
   typedef double Wide __attribute__((vector_size(kLanes * sizeof(double))));
-  Wide abs_w = {}, square_w = {}, abs_wg = {}, wg = {}, square_wg = {};
+  Wide sum = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Wide x = __builtin_convertvector(*reinterpret_cast<const In*>(w + i), Wide);
-    abs_w += x < 0 ? -x : x;
-    square_w += x * x;
-    if constexpr (Grad) {
-      const Wide y = __builtin_convertvector(*reinterpret_cast<const In*>(g + i), Wide) * x;
-      abs_wg += y < 0 ? -y : y;
-      wg += y;
-      square_wg += y * y;
-    }
+    sum += x * x;
   }
-  Sums rest;
-  for (; i < count; ++i) {
-    const double x = w[i];
-    rest.abs_w += x < 0 ? -x : x;
-    rest.square_w += x * x;
-    if constexpr (Grad) {
-      const double y = x * g[i];
-      rest.abs_wg += y < 0 ? -y : y;
-      rest.wg += y;
-      rest.square_wg += y * y;
-    }
-  }
-  for (int j = 0; j < kLanes; ++j) {
-    rest.abs_w += abs_w[j];
-    rest.square_w += square_w[j];
-    rest.abs_wg += abs_wg[j];
-    rest.wg += wg[j];
-    rest.square_wg += square_wg[j];
-  }
-  out->abs_w += rest.abs_w;
-  out->square_w += rest.square_w;
-  out->abs_wg += rest.abs_wg;
-  out->wg += rest.wg;
-  out->square_wg += rest.square_wg;
+  double total = 0;
+  for (; i < count; ++i) total += static_cast<double>(w[i]) * w[i];
+  for (int j = 0; j < kLanes; ++j) total += sum[j];
+  return total;
 }
 
 template <class T>
@@ -180,11 +153,7 @@ template <class T>
 void squares(Strided<T> a, int64_t m, int64_t k, double* out) {
   for (int64_t i = 0; i < m; ++i) out[i] = 0;
   if (a.cols == 1) {
-    for (int64_t i = 0; i < m; ++i) {
-      Sums sum;
-      sums_of<T, false>(a.at(i, 0), nullptr, k, &sum);
-      out[i] = sum.square_w;
-    }
+    for (int64_t i = 0; i < m; ++i) out[i] = sum_of_squares(a.at(i, 0), k);
   } else {
     for (int64_t p = 0; p < k; ++p) {
       const T* row = a.at(0, p);
@@ -197,16 +166,7 @@ void squares(Strided<T> a, int64_t m, int64_t k, double* out) {
 }
 
 template <class T>
-void sums(const T* w, const T* g, int64_t count, Sums* out) {
-  if (g == nullptr) {
-    sums_of<T, false>(w, g, count, out);
-  } else {
-    sums_of<T, true>(w, g, count, out);
-  }
-}
-
-template <class T>
-constexpr Kernels<T> kKernels = {&product<T>, &pairs<T>, &squares<T>, &sums<T>};
+constexpr Kernels<T> kKernels = {&product<T>, &pairs<T>, &squares<T>};
 
 }  // namespace
 

@@ -20,11 +20,6 @@ struct Strided {
   const T* at(int64_t i, int64_t j) const { return data + i * rows + j * cols; }
 };
 
-// Sums over the entries w and gradients g of one filter.
-struct Sums {
-  double abs_w = 0, square_w = 0, abs_wg = 0, wg = 0, square_wg = 0;
-};
-
 template <class T>
 struct Kernels {
   // C[m, n] = A[m, k] B[k, n] for n <= kPanel; `packed` holds kDepth * kPanel entries.
@@ -34,8 +29,6 @@ struct Kernels {
   void (*pairs)(Strided<T> a, int64_t m, int64_t k, double* out);
   // out[i] = sum_p a(i, p)^2 in double, for i < m <= kPanel and p < k.
   void (*squares)(Strided<T> a, int64_t m, int64_t k, double* out);
-  // Adds the sums over `count` consecutive entries; g may be null.
-  void (*sums)(const T* w, const T* g, int64_t count, Sums* out);
 };
 
 // The widest instruction set of this machine that was compiled, or the one ORTHOREG_EXT_CPU names
