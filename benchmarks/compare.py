@@ -81,9 +81,10 @@ def main() -> int:
     emulated = options.device == "emulated"
     planned = cases(options.models or (["tiny"] if emulated else list(MODELS)))
     stem = options.out / f"comparison{'-emulated' if emulated else ''}"
-    recorder = Recorder(describe(options.device), stem, len(planned), options.budget)
-    print(recorder.record["machine"]["name"] + (", EMULATED: no time counts" if emulated else ""))
-    with implementation(options.device):
+    machine = describe(options.device)
+    print(machine["name"] + (", EMULATED: no time counts" if emulated else ""))
+    with implementation(options.device):  # the emulator is compiled first where it is not yet
+        recorder = Recorder(machine, stem, len(planned), options.budget)
         for case in planned:
             share = recorder.share()
             if share is None:

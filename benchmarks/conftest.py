@@ -7,6 +7,7 @@ so that ``--benchmark-compare`` can follow it from commit to commit.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -73,14 +74,18 @@ def recorder(request: pytest.FixtureRequest, device: str) -> Recorder:
     config = request.config
     seconds = config.getoption("--budget") or (2700.0 if config.getoption("--full") else 200.0)
     stem, count = config.getoption("--records"), len(request.session.items)
+    limits = ceilings.measured(device, min(2.0, seconds / 20))
     recorder = Recorder(describe(device), stem, count, seconds)
-    recorder.ceilings(ceilings.measured(device, min(2.0, seconds / 20)))
+    recorder.ceilings(limits)
     return recorder
 
 
 @pytest.fixture
-def record(benchmark: Any, recorder: Recorder, device: str) -> Iterator[Callable[[Case], None]]:
+def record(
+    benchmark: Any, recorder: Recorder, device: str, pytestconfig: pytest.Config
+) -> Iterator[Callable[[Case], None]]:
     """Measures a case, or notes that no time is left for it."""
+    full = bool(pytestconfig.getoption("--full"))
 
     def measure(case: Case) -> None:
         share = recorder.share()
@@ -90,11 +95,14 @@ def record(benchmark: Any, recorder: Recorder, device: str) -> Iterator[Callable
         if case.work == "memory":
             found = benchmark.pedantic(memory.run_case, (case, device), rounds=1)
         else:
+            begun = time.monotonic()
             prepared = prepare(case, device)
-            found = timed(prepared, share)
-            ms = [row["ms"]["median"] for row in found["rows"].values()]
-            own = prepared.own or (lambda: None)
-            benchmark.pedantic(own, rounds=3 if ms and min(ms) < 300 else 1)
+            found = timed(prepared, share, rounds=(3, 40 if full else 15))
+            found["took_s"] = time.monotonic() - begun  # preparing, compiling and checking too
+            own = prepared.own
+            slow = own is None or found["rows"][own]["ms"]["median"] > 300
+            call = prepared.calls[own] if own is not None else lambda: None
+            benchmark.pedantic(call, rounds=1 if slow else 5, warmup_rounds=0 if slow else 1)
         benchmark.group = case.question
         benchmark.extra_info["record"] = found
         print(f"\n{recorder.add(found)}")

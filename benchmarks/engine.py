@@ -157,9 +157,9 @@ class Prepared:
     failed: list[str]
 
     @property
-    def own(self) -> Callable[[], Any] | None:
+    def own(self) -> str | None:
         """The package's first way."""
-        return next((c for n, c in self.calls.items() if n.startswith("orthoreg_ext")), None)
+        return next((name for name in self.calls if name.startswith("orthoreg_ext")), None)
 
 
 def prepare(case: Case, device: str) -> Prepared:
@@ -233,7 +233,8 @@ def timed(
     ceiling = prepared.ceiling
     if ceiling is not None:
         calls[ceiling.name] = ceiling.call
-    timing = measure(calls, device, budget, rounds=rounds, load=load or watch(device))
+    load = load or watch(device)
+    timing = measure(calls, device, budget, rounds=rounds, load=load, warm=False)
     rows = {}
     for name in prepared.calls:
         way = prepared.ways[name]

@@ -78,6 +78,24 @@ def _name(results: Record) -> str:
     return f"{machine['name']}{where}"
 
 
+def _label(
+    axes: Any, points: Iterable[tuple[float, float, str]], *, up: bool, apart: float
+) -> None:
+    """Names at points of a log axis; those nearer than a factor of `apart` are stacked."""
+    level, last = 0, 0.0
+    for x, y, text in sorted(points):
+        level = level + 1 if last and x < apart * last else 0
+        last = x
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(4, 8 + 9 * level) if up else (4, -10 - 9 * level),
+            textcoords="offset points",
+            fontsize=7.5,
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "gray", "shrinkB": 2},
+        )
+
+
 def roofline(plt: Any, results: Record) -> Any:
     """Rate on the flops needed against flops a byte, under the measured ceilings."""
     records, limits = _of(results, "penalty"), results.get("ceilings")
@@ -91,8 +109,8 @@ def roofline(plt: Any, results: Record) -> Any:
     axes.plot(roof, [1e-9 * min(peak, bandwidth * x) for x in roof], color="black", lw=1)
     axes.annotate(
         f"{limits['sgemm']['meaning']}: {1e-9 * peak:.0f} Gflop/s",
-        (ends[1], 1e-9 * peak),
-        ha="right",
+        (peak / bandwidth, 1e-9 * peak),
+        ha="left",
         va="bottom",
     )
     axes.annotate(
@@ -105,11 +123,12 @@ def roofline(plt: Any, results: Record) -> Any:
         rates = [(r["flops_needed"] / r["bytes"], 1e-9 * r["flops_needed"] / t) for r, t in points]
         if rates:
             axes.scatter(*zip(*rates, strict=True), color=COLORS[way], label=way, s=22, zorder=3)
-        for (x, y), (record, _) in zip(rates, points, strict=True):
-            if way == OWN:
-                axes.annotate(record["model"], (x, y), xytext=(3, 3), textcoords="offset points")
+        if way == OWN:
+            named = [(*at, r["model"]) for at, (r, _) in zip(rates, points, strict=True)]
+            _label(axes, named, up=True, apart=1.5)
     axes.set(xscale="log", yscale="log", title=f"Penalty and gradient, {_name(results)}")
     axes.set(xlabel="flops needed / byte of weights and gradients", ylabel="Gflop/s needed")
+    axes.set_ylim(top=5e-9 * peak)  # room for the names
     axes.legend(loc="lower right")
     return figure
 
@@ -124,9 +143,8 @@ def cost(plt: Any, results: Record) -> Any:
     for way in ways:
         points = [(1e-9 * r["flops_needed"], 1e3 * t) for r, t in _points(records, way)]
         axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1, color=COLORS[way], label=way)
-    for record, seconds in _points(records, OWN):
-        at = (1e-9 * record["flops_needed"], 1e3 * seconds)
-        axes.annotate(record["model"], at, xytext=(3, -9), textcoords="offset points", fontsize=7.5)
+    named = [(1e-9 * r["flops_needed"], 1e3 * t, r["model"]) for r, t in _points(records, OWN)]
+    _label(axes, named, up=False, apart=1.25)
     if results.get("ceilings"):
         rate = results["ceilings"]["sgemm"]["rate"]
         ends = [1e-9 * f(r["flops_needed"] for r in records) for f in (min, max)]
@@ -187,7 +205,13 @@ def step(plt: Any, results: Record) -> Any:
         color = COLORS[OWN] if "orthoreg_ext" in bars[place][0] else COLORS["eager"]
         axes.barh(place, middle, color=color, alpha=0.6 if added else 1.0)
         axes.plot([low, high], [place, place], color="black", lw=1)
-        axes.annotate(f"{middle:.2g} %", (max(middle, high, 0), place), va="center")
+        axes.annotate(
+            f"{middle:.2g} %",
+            (max(middle, high, 0), place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+        )
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7.5)
     axes.invert_yaxis()
     axes.set(xlabel="% of the step without a term", title=f"Training step, {_name(results)}")

@@ -152,6 +152,7 @@ def measure(
     least: float = 4e-3,
     rounds: tuple[int, int] = (3, 40),
     load: ForeignLoad | None = None,
+    warm: bool = True,
 ) -> Timing:
     """Times every call in every round, beginning with another one each time.
 
@@ -163,13 +164,15 @@ def measure(
         least: seconds that a call is repeated for in one round.
         rounds: how many at least and at most.
         load: what watches the other processes, see :func:`watch`; None: nothing does.
+        warm: runs every call once before; needless where each has run already.
     """
     start = time.monotonic()
     if load is not None:  # a round must be long enough to be judged
         least = max(least, WINDOW / max(1, len(calls)))
     repeats = {}
     for name, call in calls.items():
-        call()
+        if warm:
+            call()
         once = seconds(call, device, 1)
         repeats[name] = max(1, min(20_000, round(least / max(once, 1e-7))))
     quiet: list[dict[str, float]] = []
