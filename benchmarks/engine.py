@@ -155,6 +155,7 @@ class Prepared:
     errors: dict[str, float]
     left_out: dict[str, str]
     failed: list[str]
+    emulated: bool
 
     @property
     def own(self) -> str | None:
@@ -168,8 +169,9 @@ def prepare(case: Case, device: str) -> Prepared:
     where = "cuda" if device == "cuda" else "cpu"
     work = WORK[case.work]
     ways, subject = work.ways(case.model), work.subject(case.model, where)
-    about, needed, ceiling, checked = _about(case, where, work, emulated=device == "emulated")
-    prepared = Prepared(case, where, ways, {}, ceiling, needed, about, {}, {}, [])
+    emulated = device == "emulated"
+    about, needed, ceiling, checked = _about(case, where, work, emulated=emulated)
+    prepared = Prepared(case, where, ways, {}, ceiling, needed, about, {}, {}, [], emulated)
     exact: dict[str, list[Tensor]] = {}
     for name in case.ways:
         way = ways[name]
@@ -233,7 +235,8 @@ def timed(
     ceiling = prepared.ceiling
     if ceiling is not None:
         calls[ceiling.name] = ceiling.call
-    load = load or watch(device)
+    if load is None and not prepared.emulated:  # whose times do not count anyway
+        load = watch(device)
     timing = measure(calls, device, budget, rounds=rounds, load=load, warm=False)
     rows = {}
     for name in prepared.calls:
