@@ -259,6 +259,12 @@ REGULARISE = {
     ),
     "orthoreg_ext-l1": Way("add_gram_penalty_grad_", _in_place("orthoreg"), "orthoreg"),
     "orthoreg_ext-offdiag": Way("add_gram_penalty_grad_", _in_place("offdiag"), "offdiag"),
+    "orthoreg_ext-cosine": Way("add_gram_penalty_grad_", _in_place("cosine"), "cosine"),
+    "orthoreg_ext-tpp": Way(
+        "add_gram_penalty_grad_, pruned= every 4th",
+        _in_place("tpp", masked=True),
+        "tpp masked",
+    ),
     "orthoreg_ext-masked": Way(
         "add_gram_penalty_grad_, pruned= every 4th", _in_place("so", masked=True), "so masked"
     ),

@@ -16,7 +16,7 @@ QUICK = ("vgg13", "resnet56", "resnet50", "mobilenet_v1")
 QUICK_WAYS = ("orthoreg_ext", "orthoreg_ext-attached", "eager", "closed-small", "orthoreg-repo")
 VARIANTS = (
     *("orthoreg_ext", "orthoreg_ext-masked", "orthoreg_ext-l1", "orthoreg_ext-l1-masked"),
-    "orthoreg_ext-offdiag",
+    *("orthoreg_ext-offdiag", "orthoreg_ext-cosine", "orthoreg_ext-tpp"),
 )
 GROUPED = ("orthoreg_ext", "eager", "closed-small")
 # The L1 of the package is there for orthoreg-repo, which computes that.

@@ -32,7 +32,8 @@ ADALORA = (
 )
 MAIN = ("resnet50", "vgg13", "resnet56", "adalora_7b", "tiny")
 SCORES = tuple(name for name in SCORE if name != "compile")
-APART = ("compile", "peft", "orthoreg_ext-frobenius")  # of a case of their own
+# Of a case of their own, or of bench_penalty.py.
+APART = ("compile", "peft", *(f"orthoreg_ext-{p}" for p in ("frobenius", "cosine", "tpp")))
 
 
 def regularise(model: str, matmul: str) -> Case:
@@ -40,7 +41,7 @@ def regularise(model: str, matmul: str) -> Case:
     if model == "adalora_7b":
         return Case(model, matmul=matmul, ways=ADALORA, question="penalty")
     left_out = (*APART, *(SLOW if model == "llama_1b" else ()))
-    ways = tuple(w for w in REGULARISE if w not in left_out and not w.endswith("masked"))
+    ways = tuple(w for w in REGULARISE if w not in left_out and "masked" not in w)
     return Case(model, matmul=matmul, ways=ways, question="penalty")
 
 

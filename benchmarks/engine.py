@@ -112,6 +112,42 @@ WORK = {
 }
 
 
+def _so(gram: Tensor) -> Tensor:
+    return (gram - torch.eye(len(gram), device=gram.device)).square().sum()
+
+
+def _l1(gram: Tensor) -> Tensor:
+    return (gram - torch.eye(len(gram), device=gram.device)).abs().sum()
+
+
+def _offdiag(gram: Tensor) -> Tensor:
+    return gram.square().sum() - gram.diagonal().square().sum()
+
+
+def _cosine(gram: Tensor) -> Tensor:
+    norms = gram.diagonal().sqrt()
+    return (gram / norms.unsqueeze(0) / norms.unsqueeze(1)).square().sum() - len(gram)
+
+
+def _frobenius(gram: Tensor) -> Tensor:
+    return (gram - torch.eye(len(gram), device=gram.device)).norm()
+
+
+def _tpp(gram: Tensor) -> Tensor:
+    kept = torch.arange(len(gram), device=gram.device) % PRUNED != PRUNED - 1
+    return gram.square().sum() - gram[kept][:, kept].square().sum()
+
+
+EXACT = {
+    "so": _so,
+    "orthoreg": _l1,
+    "offdiag": _offdiag,
+    "cosine": _cosine,
+    "frobenius": _frobenius,
+    "tpp": _tpp,
+}
+
+
 def exact_gradients(weights: list[Tensor], computes: str) -> list[Tensor]:
     """Of a penalty, or of one with filters masked, in float64 on the same device."""
     penalty, _, masked = computes.partition(" ")
@@ -119,19 +155,11 @@ def exact_gradients(weights: list[Tensor], computes: str) -> list[Tensor]:
     for weight in weights:
         leaf = weight.detach().double().requires_grad_()
         matrix = leaf.flatten(1)
-        columns = matrix.shape[0] > matrix.shape[1]
-        if masked:
+        columns = matrix.shape[0] > matrix.shape[1] and penalty != "tpp"
+        if masked and penalty != "tpp":
             matrix = matrix[torch.arange(len(matrix), device=weight.device) % PRUNED != PRUNED - 1]
         short = matrix.t() if columns else matrix
-        gram = short @ short.t()
-        residual = gram - torch.eye(len(short), device=weight.device)
-        value = {
-            "so": lambda r, g: r.square().sum(),
-            "orthoreg": lambda r, g: r.abs().sum(),
-            "offdiag": lambda r, g: g.square().sum() - g.diagonal().square().sum(),
-            "frobenius": lambda r, g: r.norm(),
-        }[penalty](residual, gram)
-        out.append(torch.autograd.grad(value, leaf)[0])
+        out.append(torch.autograd.grad(EXACT[penalty](short @ short.t()), leaf)[0])
     return out
 
 

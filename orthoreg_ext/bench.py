@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, reference
 from .layers import filter_layers
 from .machine import describe
 from .penalties import get_penalty
@@ -53,19 +53,16 @@ def formula_scores(
 
 
 def formula_term(terms: Sequence[Term], penalty: str) -> Tensor:
-    """The term as a training script writes it, one layer after the other, for autograd."""
+    """The term by its definition, one layer after the other, for autograd."""
     row, parts = get_penalty(penalty), []
     for term in terms:
-        sides = zip(term.layers, term.columns, term.with_bias, term.factors, strict=True)
-        for layer, columns, with_bias, factor in sides:
-            matrix = layer.weight.flatten(1)
-            if with_bias and layer.bias is not None:
-                matrix = torch.cat([matrix, layer.bias.unsqueeze(1)], 1)
-            if layer.groups > 1:
-                matrix = matrix.unflatten(0, (layer.groups, -1))
-            gram = matrix.mT @ matrix if columns else matrix @ matrix.mT
-            eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            parts.append(factor * row.value(gram - eye if row.identity else gram * (1 - eye)).sum())
+        given = term.tensors()
+        biases = [torch.empty(0) if bias is None else bias for bias in given["biases"]]
+        nothing = [0.0] * len(biases)
+        values = reference.gram_penalty(
+            given["weights"], biases, [], [], given["groups"], term.columns, nothing, row
+        )
+        parts.append((values * term.coefficients.to(values.dtype)).sum())
     return torch.stack(parts).sum()
 
 
@@ -112,7 +109,11 @@ def bench(
         ValueError: the model cannot be built or has no layer to regularise, or an argument is
             unknown or out of range.
     """
-    get_penalty(penalty)
+    if get_penalty(penalty).counts is not None:
+        raise ValueError(
+            f"--penalty {penalty!r} is about filters to prune, of which a model has none; choose "
+            "another penalty"
+        )
     if not seconds > 0:
         raise ValueError(f"--seconds is {seconds}; expected a positive number")
     from .experiment.settings import why_no_gpu
