@@ -194,6 +194,8 @@ class Prepared:
 def prepare(case: Case, device: str) -> Prepared:
     """Runs every way once; those that cannot run are left out with the reason."""
     torch.set_float32_matmul_precision(case.matmul)
+    if any("compile" in name for name in case.ways):
+        torch._dynamo.reset()  # after eight models a function is silently compiled no more
     where = "cuda" if device == "cuda" else "cpu"
     work = WORK[case.work]
     ways, subject = work.ways(case.model), work.subject(case.model, where)

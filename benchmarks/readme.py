@@ -55,43 +55,51 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _cases(result: Record, question: str) -> list[Record]:
     found = [c for c in result["cases"] if c["question"] == question]
-    return sorted(
-        (c for c in found if c["matmul"] == "highest"), key=lambda c: c["flops_needed"] or 0
-    )
+    plain = [c for c in found if c["matmul"] == "highest"]
+    return sorted(plain, key=lambda c: c["flops_needed"] or c["bytes"] or 0)
 
 
-def _ratio(case: Record, way: str, base: str) -> str:
+def _ratio(cases: Sequence[Record], way: str, base: str) -> str:
     """With the middle half; of the case where it was divided by that base."""
-    ratio = case["rows"].get(way, {}).get("ratio")
-    return spread(ratio) if ratio and ratio["to"] == base else "-"
+    for case in cases:
+        ratio = case["rows"].get(way, {}).get("ratio")
+        if ratio and ratio["to"] == base:
+            return spread(ratio) + _busy(case)
+    return "-"
 
 
 def _busy(case: Record) -> str:
     return " (machine was busy)" if case["state"] == "contended" else ""
 
 
+def _own(case: Record, way: str) -> list[str]:
+    """Model, time, share of the ceiling and error of the package."""
+    own = case["rows"][way]
+    error = "-" if own["error"] is None else f"{own['error']:.0e}"
+    return [case["model"] + _busy(case), spread(own["ms"]), percent(own["share"]) or "-", error]
+
+
 def _penalty(result: Record) -> str:
     rows = [["penalty + gradient", "ms", "of sgemm's rate", "error", *BASELINES]]
-    cases = [c for c in _cases(result, "penalty") if "orthoreg_ext" in c["rows"]]
-    for case in cases:
-        own, cells = case["rows"]["orthoreg_ext"], []
-        for way in BASELINES:
-            base = "orthoreg_ext-l1" if way == "orthoreg-repo" else "orthoreg_ext"
-            cells.append(_ratio(case, way, base))
-        error = "-" if own["error"] is None else f"{own['error']:.0e}"
-        first = [case["model"] + _busy(case), spread(own["ms"]), percent(own["share"]), error]
-        rows.append([*first, *cells])
+    by_model: dict[str, list[Record]] = {}
+    for case in _cases(result, "penalty"):
+        if "orthoreg_ext" in case["rows"]:
+            by_model.setdefault(case["model"], []).append(case)
+    for cases in by_model.values():
+        ratios = [
+            _ratio(cases, way, "orthoreg_ext-l1" if way == "orthoreg-repo" else "orthoreg_ext")
+            for way in BASELINES
+        ]
+        rows.append([*_own(cases[0], "orthoreg_ext"), *ratios])
     return _markdown(rows) if len(rows) > 1 else ""
 
 
 def _scores(result: Record) -> str:
     rows = [["five scores, both dims", "ms", "of the read bandwidth", "error", "eager"]]
-    for case in [c for c in result["cases"] if c["question"] == "scores"]:
-        own = case["rows"].get("orthoreg_ext-both")
-        if own:
-            error = "-" if own["error"] is None else f"{own['error']:.0e}"
-            first = [case["model"] + _busy(case), spread(own["ms"]), percent(own["share"]), error]
-            rows.append([*first, _ratio(case, "eager-both", "orthoreg_ext-both")])
+    for case in _cases(result, "scores"):
+        if "orthoreg_ext-both" in case["rows"]:
+            ratio = _ratio([case], "eager-both", "orthoreg_ext-both")
+            rows.append([*_own(case, "orthoreg_ext-both"), ratio])
     return _markdown(rows) if len(rows) > 1 else ""
 
 
