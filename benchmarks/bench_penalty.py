@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.baselines import REGULARISE
-from benchmarks.compare import ADALORA, SLOW
+from benchmarks.compare import ADALORA
 from benchmarks.engine import Case
 from benchmarks.models import NINE
 
@@ -18,6 +18,7 @@ VARIANTS = (
     *("orthoreg_ext", "orthoreg_ext-masked", "orthoreg_ext-l1", "orthoreg_ext-l1-masked"),
     *("orthoreg_ext-offdiag", "orthoreg_ext-cosine", "orthoreg_ext-tpp"),
 )
+HEAVY = ("orthoreg_ext", "orthoreg_ext-attached", "closed-small")  # 6 Tflop each
 GROUPED = ("orthoreg_ext", "eager", "closed-small")
 # The L1 of the package is there for orthoreg-repo, which computes that.
 EVERY = tuple(
@@ -31,7 +32,7 @@ def _ways(model: str, full: bool) -> tuple[str, ...]:
     if model == "adalora_7b":
         return ADALORA
     if model == "llama_1b":
-        return tuple(name for name in EVERY if name not in (*SLOW, "compile"))
+        return HEAVY
     if full:
         return EVERY
     ways = (*QUICK_WAYS, "orthoreg_ext-l1")

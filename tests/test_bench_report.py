@@ -29,6 +29,7 @@ from benchmarks.recording import RESULTS, Recorder
 from benchmarks.tables import QUESTIONS, all_tables, summaries
 from orthoreg_ext.build_info import compiled, reason
 from orthoreg_ext.machine import describe, processor, slug_of
+from tests.test_cli import make
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (bench_penalty, bench_scores, bench_training_step, bench_memory, bench_scaling)
@@ -264,6 +265,16 @@ def test_a_session_runs_a_case_and_writes_records(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "b.json").read_text())
     assert kept["benchmarks"][0]["extra_info"]["record"] == record["cases"][0]
     assert "node" not in kept["machine_info"]
+
+
+@pytest.mark.parametrize(("full", "flag"), [("", False), ("0", False), ("1", True)])
+def test_make_bench_ends_in_the_report(full: str, flag: bool) -> None:
+    done = make("-n", "bench", f"FULL={full}", "BENCH_ARGS=--budget 9")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.partition("pytest benchmarks")[2]
+    assert ("--full" in lines) is flag
+    assert "--budget 9" in lines
+    assert "-m benchmarks.report build/bench/records.json" in lines
 
 
 def test_a_case_knows_its_question() -> None:
