@@ -24,7 +24,7 @@ BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -t
 FORMATTED = $(shell find csrc tests scripts -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile-gate bench wheel gpu-check build emulator clean
+.PHONY: help demo test lint compile-gate bench readme wheel gpu-check build emulator clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -94,8 +94,21 @@ emulator: $(STAMPS)/build-test ## the CUDA kernels on the CPU, under two sanitiz
 			$(PY) -m tests.emu.sanitize $$sanitizer -q $(EMULATED) || exit 1; \
 	done
 
-bench: $(STAMPS)/build-test ## the benchmarks (pytest-benchmark)
-	@$(STEP) "benchmarks" -- $(PY) -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds
+# Quick in under 5 minutes; BENCH_ARGS="--budget 60" for less. The table and the files are made of the
+# records that were written, also of a run that failed or was stopped.
+FULL ?=
+BENCH_ARGS ?=
+
+bench: $(STAMPS)/build-test ## the benchmarks, under 5 minutes; FULL=1: every model and baseline
+	@rm -f build/bench/records.json
+	@$(STEP) "benchmarks$(if $(filter-out 0,$(FULL)), (full))" -- $(PY) -m pytest benchmarks -q \
+		-W ignore::DeprecationWarning --benchmark-columns=min,median,rounds \
+		$(if $(filter-out 0,$(FULL)),--full) $(BENCH_ARGS); status=$$?; \
+	[ ! -e build/bench/records.json ] || $(PY) -m benchmarks.report build/bench/records.json \
+		|| exit 1; exit $$status
+
+readme: $(STAMPS)/packages-dev ## the README's benchmark table and figure from benchmarks/results
+	@$(PY) -m benchmarks.readme
 
 wheel: $(STAMPS)/build ## a wheel for this Python and platform in dist/
 	@rm -rf build/lib* build/bdist*

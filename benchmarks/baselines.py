@@ -1,7 +1,7 @@
 """Everything that is compared, by name: the package, and what one would write or install instead.
 
 `REGULARISE` computes a penalty and its gradient for all layers, added to each ``.grad`` or
-returned, `SCORE` five statistics of every filter. All take leaves of any shapes [n, ...].
+returned; the ways to score filters are in scoring.py. All take leaves of any shapes [n, ...].
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import orthoreg_ext as ox
 import orthoreg_ext.functional as F
+from orthoreg_ext.bench import StillOptimizer
 from orthoreg_ext.penalties import PENALTIES
 
-Call = Callable[[], "Sequence[Tensor] | None"]
-CRITERIA = ("l1", "l2", "taylor", "taylor_sq", "taylor_abs")
+Call = Callable[[], Any]
+Prepare = Callable[[list[Tensor]], Call]
+PRUNED = 4  # of the masked ways: every so many-th filter is gone
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,18 @@ class Way:
 
     Attributes:
         meaning: what it is, with all that a ratio depends on.
-        prepare: weights -> the call that is timed; its gradients are returned or in ``.grad``.
+        prepare: weights (or what else a question is about) -> the call that is timed; its
+            gradients are returned or in ``.grad``, scores are returned.
         computes: the penalty, or which dimensions are scored.
         why_not: device type -> why it cannot run there; empty where it can.
+        tidy: what the call returned -> tensors in the order of the exact ones.
     """
 
     meaning: str
-    prepare: Callable[[list[Tensor]], Call]
+    prepare: Callable[[Any], Call]
     computes: str = "so"
     why_not: Callable[[str], str] = lambda device: ""
+    tidy: Callable[[Any], list[Tensor]] = lambda returned: list(returned or ())
 
 
 def needs(module: str) -> Callable[[str], str]:
@@ -50,10 +56,17 @@ def _needs_cuda(device: str) -> str:
 # ---- the package
 
 
-def _in_place(penalty: str) -> Callable[[list[Tensor]], Call]:
+def masks(weights: Sequence[Tensor]) -> list[Tensor]:  # each bool [n]
+    """The filters that are pruned in the masked ways."""
+    return [torch.arange(len(w), device=w.device) % PRUNED == PRUNED - 1 for w in weights]
+
+
+def _in_place(penalty: str, *, masked: bool = False) -> Prepare:
     def prepare(weights: list[Tensor]) -> Call:
+        pruned = masks(weights) if masked else None
+
         def call() -> None:
-            F.add_gram_penalty_grad_(weights, penalty, strength=1.0)
+            F.add_gram_penalty_grad_(weights, penalty, strength=1.0, pruned=pruned)
 
         return call
 
@@ -62,16 +75,6 @@ def _in_place(penalty: str) -> Callable[[list[Tensor]], Call]:
 
 def _autograd(weights: list[Tensor]) -> Call:
     return lambda: F.gram_penalty(weights, "so").sum().backward()
-
-
-class _Still(torch.optim.Optimizer):
-    """An optimizer whose step is what is attached to it, and no more."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        super().__init__(parameters, {})
-
-    def step(self, closure: object = None) -> None:
-        """Moves nothing."""
 
 
 def _model(weights: Sequence[Tensor]) -> nn.Module:
@@ -91,7 +94,7 @@ def attached(weights: list[Tensor]) -> Call:
     with torch.device("meta"):  # the layers' own weights are never made
         model = _model(weights)
     regularizer = ox.OrthoRegularizer(model, "so", 1.0, layer_weights="uniform", include="*")
-    optimizer = _Still(list(model.parameters()))
+    optimizer = StillOptimizer(list(model.parameters()))
     regularizer.attach(optimizer)
 
     def call() -> None:
@@ -100,7 +103,7 @@ def attached(weights: list[Tensor]) -> Call:
     return call
 
 
-def _captured(prepare: Callable[[list[Tensor]], Call]) -> Callable[[list[Tensor]], Call]:
+def _captured(prepare: Prepare) -> Prepare:
     """The call's kernels in a CUDA graph, without any cost of launching them."""
 
     def captured(weights: list[Tensor]) -> Call:
@@ -255,6 +258,21 @@ REGULARISE = {
         "add_gram_penalty_grad_ in a CUDA graph", _captured(_in_place("so")), why_not=_needs_cuda
     ),
     "orthoreg_ext-l1": Way("add_gram_penalty_grad_", _in_place("orthoreg"), "orthoreg"),
+    "orthoreg_ext-offdiag": Way("add_gram_penalty_grad_", _in_place("offdiag"), "offdiag"),
+    "orthoreg_ext-cosine": Way("add_gram_penalty_grad_", _in_place("cosine"), "cosine"),
+    "orthoreg_ext-tpp": Way(
+        "add_gram_penalty_grad_, pruned= every 4th",
+        _in_place("tpp", masked=True),
+        "tpp masked",
+    ),
+    "orthoreg_ext-masked": Way(
+        "add_gram_penalty_grad_, pruned= every 4th", _in_place("so", masked=True), "so masked"
+    ),
+    "orthoreg_ext-l1-masked": Way(
+        "add_gram_penalty_grad_, pruned= every 4th",
+        _in_place("orthoreg", masked=True),
+        "orthoreg masked",
+    ),
     "orthoreg_ext-frobenius": Way(
         "add_gram_penalty_grad_", _in_place("frobenius"), "frobenius", _has_frobenius
     ),
@@ -273,66 +291,13 @@ REGULARISE = {
     "peft": Way("PEFT's AdaLoRA loop, autograd", peft, "frobenius"),
 }
 
-
-# ---- scores: weights whose .grad is set
-
-
-def _fused(dims: Sequence[int]) -> Callable[[list[Tensor]], Call]:
-    def prepare(weights: list[Tensor]) -> Call:
-        flat, grads = [w.detach() for w in weights], [w.grad for w in weights]
-
-        def call() -> None:
-            for dim in dims:
-                F.filter_scores(flat, grads, CRITERIA, dim=dim)  # type: ignore[arg-type]
-
-        return call
-
-    return prepare
-
-
-def _five(layers: Sequence[Tensor], grads: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
-    out = []
-    for weight, grad in zip(layers, grads, strict=True):
-        for dim in dims:
-            over = [d for d in range(weight.dim()) if d != dim]
-            product = weight * grad
-            out += [
-                weight.abs().sum(over),
-                weight.square().sum(over).sqrt(),
-                product.sum(over).abs(),
-                product.square().sum(over),
-                product.abs().sum(over),
-            ]
-    return out
-
-
-def _eager_scores(dims: Sequence[int], *, compile: bool = False) -> Callable[[list[Tensor]], Call]:
-    def prepare(weights: list[Tensor]) -> Call:
-        flat, grads = [w.detach() for w in weights], [w.grad for w in weights]
-        function = _five
-        if compile:
-            function = torch.compile(_five, mode="reduce-overhead", dynamic=False)
-        return lambda: (function(flat, grads, dims), None)[1]  # type: ignore[arg-type]
-
-    return prepare
-
-
-SCORE = {
-    "orthoreg_ext": Way("filter_scores", _fused((0,)), "dim 0"),
-    "orthoreg_ext-both": Way("filter_scores, twice", _fused((0, 1)), "both dims"),
-    "eager": Way("each criterion by its formula", _eager_scores((0,)), "dim 0"),
-    "eager-both": Way("each criterion by its formula", _eager_scores((0, 1)), "both dims"),
-    "compile-both": Way(
-        "torch.compile(eager-both, mode='reduce-overhead')",
-        _eager_scores((0, 1), compile=True),
-        "both dims",
-    ),
-}
-# What every other way of the same work is divided by.
+# What every other way of the same work is divided by, where a case names none.
 OURS = {
     "so": "orthoreg_ext",
     "orthoreg": "orthoreg_ext-l1",
     "frobenius": "orthoreg_ext-frobenius",
     "dim 0": "orthoreg_ext",
     "both dims": "orthoreg_ext-both",
+    "taylor": "orthoreg_ext-taylor",
+    "magnitude": "orthoreg_ext-l2",
 }

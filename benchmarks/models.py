@@ -96,20 +96,78 @@ def adalora_7b() -> list[Shape]:
     return [(12, 4096)] * 448
 
 
+def mobilenet_v2() -> list[Shape]:
+    """MobileNet-V2: 1 x 1 convolutions to six times the width and back, depthwise ones between."""
+    shapes: list[Shape] = [(32, 3, 3, 3), (32, 1, 3, 3), (16, 32, 1, 1)]
+    before = 16
+    for width, blocks in zip((24, 32, 64, 96, 160, 320), (2, 3, 4, 3, 3, 1), strict=True):
+        for _ in range(blocks):
+            wide = 6 * before
+            shapes += [(wide, before, 1, 1), (wide, 1, 3, 3), (width, wide, 1, 1)]
+            before = width
+    return [*shapes, (1280, 320, 1, 1), (1000, 1280)]
+
+
+def resnext50() -> list[Shape]:
+    """ResNeXt-50 32x4d: the 3 x 3 convolutions are in 32 groups, see `groups_of`."""
+    shapes: list[Shape] = [(64, 3, 7, 7)]
+    before = 64
+    for blocks, width in zip((3, 4, 6, 3), (128, 256, 512, 1024), strict=True):
+        for block in range(blocks):
+            shapes += [(width, before, 1, 1), (width, width // 32, 3, 3), (2 * width, width, 1, 1)]
+            if block == 0:
+                shapes.append((2 * width, before, 1, 1))
+            before = 2 * width
+    return [*shapes, (1000, 2048)]
+
+
+def groups_of(model: str, shapes: Sequence[Shape]) -> list[int]:
+    """The filter matrices in each weight."""
+    narrow = (lambda s: s[2:] == (3, 3)) if model == "resnext50" else (lambda s: False)
+    return [32 if narrow(shape) else 1 for shape in shapes]
+
+
 MODELS: dict[str, Callable[[], list[Shape]]] = {
     f.__name__: f
     for f in (
         *(resnet56, vgg13, resnet50, mobilenet_v1, resnet34, wrn28_10, convnext_b, vit_b16),
-        *(llama_1b, adalora_7b),
+        *(llama_1b, adalora_7b, mobilenet_v2, resnext50),
     )
 }
-# Small enough for a processor.
-QUICK = ("resnet56", "vgg13", "resnet50")
+NINE = (
+    *("resnet56", "mobilenet_v1", "vgg13", "resnet34", "resnet50", "wrn28_10", "convnext_b"),
+    *("vit_b16", "llama_1b"),
+)
+
+
+def square_sweep() -> dict[str, list[Shape]]:
+    """One 3 x 3 convolution of n filters on n channels, for many n."""
+    return {f"n={n}": [(n, n, 3, 3)] for n in (16, 32, 64, 128, 256, 512, 1024)}
+
+
+def fan_in_sweep() -> dict[str, list[Shape]]:
+    """128 filters of k entries, for many k."""
+    return {f"n=128 k={k}": [(128, k)] for k in (32, 128, 512, 2048, 8192, 32768)}
+
+
+def count_sweep() -> dict[str, list[Shape]]:
+    """As many equal layers of 64 x 576 as there are."""
+    return {f"{count} of 64 x 576": [(64, 64, 3, 3)] * count for count in (1, 4, 16, 64, 256)}
+
+
+SWEEPS: dict[str, list[Shape]] = {**square_sweep(), **fan_in_sweep(), **count_sweep()}
 
 
 def tiny() -> list[Shape]:
     """No network: both sides, ragged edges, more than one tile; for the emulator."""
     return [(8, 3, 3, 3), (70, 33), (5, 90), (1, 9)]
+
+
+def shapes_of(model: str) -> list[Shape]:
+    """The shapes of a model, of a step of a sweep, or of `tiny`."""
+    if model in SWEEPS:
+        return SWEEPS[model]
+    return tiny() if model == "tiny" else MODELS[model]()
 
 
 def random_weights(shapes: Sequence[Shape], device: str) -> list[Tensor]:
@@ -121,15 +179,15 @@ def random_weights(shapes: Sequence[Shape], device: str) -> list[Tensor]:
     ]
 
 
-def weights(model: str, device: str) -> list[Tensor]:
-    """The weights of a model, at the scale that networks are initialised with."""
-    return random_weights(MODELS[model](), device)
-
-
-def flops_needed(shapes: Sequence[Shape]) -> int:
+def flops_needed(shapes: Sequence[Shape], groups: Sequence[int] = ()) -> int:
     """Of the smaller Gram matrix, which is symmetric, and of its product with the weight."""
     total = 0
-    for n, *rest in shapes:
-        small, large = sorted((n, torch.Size(rest).numel()))
-        total += 3 * small * small * large
+    for (n, *rest), group in zip(shapes, groups or [1] * len(shapes), strict=True):
+        small, large = sorted((n // group, torch.Size(rest).numel()))
+        total += 3 * group * small * small * large
     return total
+
+
+def weight_bytes(shapes: Sequence[Shape]) -> int:
+    """Of all weights, in float32."""
+    return 4 * sum(torch.Size(shape).numel() for shape in shapes)

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong), 2 for bad input, 130 after Ctrl-C. Errors are one line on stderr.
     """
     options = _parser().parse_args(argv)
-    work = {"info": _info, "prune": _prune}[options.command]
+    work = {"info": _info, "prune": _prune, "bench": _bench}[options.command]
     try:
         return work(options)
     except KeyboardInterrupt:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\northoreg {options.command}: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except _REPORTED as error:
-        line = " ".join(_text(error).split())
+        line = " ".join(_text(error, options.command).split())
         print(f"orthoreg {options.command}: error: {line}", file=sys.stderr)
         failed = isinstance(error, (ArithmeticError, RuntimeError, MemoryError)) or (
             isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
@@ -55,10 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED if failed else BAD_INPUT
 
 
-def _text(error: Exception) -> str:
+def _text(error: Exception, command: str) -> str:
     """What an error says, without the number that OSError puts in front."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         whose = "the GPU's memory" if isinstance(error, RuntimeError) else "the memory"
+        if command == "bench":
+            return f"{whose} does not suffice for MODEL and its gradients; name a smaller one"
         return (
             f"{whose} does not suffice; what was stored is intact: make room and continue with "
             "--resume, or start again with a smaller --batch-size and another --out"
@@ -116,6 +118,27 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--resume", action="store_true", help="continue the run in --out")
     prune.add_argument("--quiet", action="store_true", help="show no progress")
     prune.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+
+    bench = commands.add_parser(
+        "bench",
+        help="what regulariser and scores cost on the layers of your model, beside plain PyTorch",
+        description="Times reg.attach(optimizer), loss + reg() and five filter scores on the "
+        "layers of a model, and the same in plain PyTorch, in turns; rounds that other processes "
+        "disturbed are left out.",
+        allow_abbrev=False,
+    )
+    bench.add_argument("model", metavar="MODEL", help="vgg, resnet, or pkg.module:factory")
+    bench.add_argument(
+        "--penalty", default="orthoreg", metavar="NAME", help="the penalty (%(default)s)"
+    )
+    bench.add_argument(
+        "--seconds", type=float, default=20.0, metavar="X", help="for all timing (%(default)s)"
+    )
+    bench.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)"
+    )
+    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
     return parser
 
 
@@ -175,6 +198,25 @@ def _prune(options: argparse.Namespace) -> int:
     else:
         print_result(result, sys.stdout)
         print(f"report: {options.out / 'report.html'}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import bench, table
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads is {options.threads}; expected a positive number")
+        torch.set_num_threads(options.threads)
+    if options.json and not options.json.parent.is_dir():
+        raise ValueError(f"--json: there is no folder {str(options.json.parent)!r}; make it first")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = bench(options.model, penalty=options.penalty, device=device, seconds=options.seconds)
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
