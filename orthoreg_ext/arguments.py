@@ -163,7 +163,8 @@ def choose_sides(
     layers: Layers,
     penalty: Penalty,
     side: str,
-    targets: list[Tensor] | None = None,  # each [n] or empty, or none at all
+    masks: Sequence[Tensor] = (),  # each bool [n] or empty, or none at all
+    targets: Sequence[Tensor] = (),  # each [n] or empty, or none at all
 ) -> Sides:
     """Picks the Gram matrix of each layer: the smaller one where the gradient is the same.
 
@@ -175,11 +176,13 @@ def choose_sides(
         n, k = layers.filters(i), layers.fan_in(i)
         small = n > k
         of_filters = penalty.counts is not None or bool(targets and targets[i].numel())
+        # the host does not count the filters that are left out, whose number is below the root
+        agree = penalty.sides_agree and not (penalty.root and masks and masks[i].numel())
         if of_filters and side == "cols":
             what = "targets" if penalty.counts is None else f"penalty {penalty.name!r}"
             raise ValueError(f"{what} and side='cols' exclude each other: filters are compared")
         asked = not of_filters and (small if side == "small" else side == "cols")
-        column = small if penalty.sides_agree and not of_filters else asked
+        column = small if agree and not of_filters else asked
         columns.append(column)
         # value(rows) - value(cols) = n - k in each group, where the sides agree; of pruned filters
         # none counts in n

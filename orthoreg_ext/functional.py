@@ -164,9 +164,10 @@ def gram_penalty(
 
     With R = G - I for the Gram matrix G = W W^T (rows) or W^T W (cols), ``orthoreg`` is
     sum |R_ij| (Lubana et al., arXiv 2009.05014, as released: entrywise, not squared, not
-    Frobenius), ``so`` is sum R_ij^2, ``offdiag`` is sum of G_ij^2 over i != j, ``cosine`` the same
-    of G_ij / sqrt(G_ii G_jj), to which rows of zeros add nothing, and ``tpp`` is sum of G_ij^2 over
-    all pairs of which one filter is in `pruned` (Wang and Fu, arXiv 2207.12534, who divide by n^2).
+    Frobenius), ``so`` is sum R_ij^2, ``frobenius`` its root, ``offdiag`` is sum of G_ij^2 over
+    i != j, ``cosine`` the same of G_ij / sqrt(G_ii G_jj), to which rows of zeros add nothing, and
+    ``tpp`` is sum of G_ij^2 over all pairs of which one filter is in `pruned` (Wang and Fu, arXiv
+    2207.12534, who divide by n^2).
     The sub-gradient of |.| at 0 is 0.
 
     Args:
@@ -174,8 +175,9 @@ def gram_penalty(
         penalty: a name of :data:`orthoreg_ext.penalties.PENALTIES`.
         side: ``"rows"`` compares filters, ``"cols"`` inputs, ``"small"`` takes the smaller Gram
             matrix. For ``orthoreg``, ``offdiag`` and ``cosine`` the side is part of the definition;
-            for ``so`` the two differ by exactly n - k with equal gradients, so the smaller one is
-            computed. Of ``tpp``, and with `targets`, ``"small"`` compares filters.
+            for ``so`` the two differ by exactly n - k with equal gradients (for ``frobenius`` their
+            squares do), so the smaller one is computed. Of ``tpp``, and with `targets`, ``"small"``
+            compares filters.
         coefficients: factors of the layers' values; a tensor on the weights' device avoids a copy.
         pruned: filters to leave out of each Gram matrix, so that an orthonormal target does not
             regrow them; they get no gradient. For ``tpp`` those to be decorrelated from all others.
@@ -198,7 +200,7 @@ def gram_penalty(
         return torch.zeros(0)
     factors = check_coefficients(coefficients, len(layers.weights), layers.device)
     masks, aims = check_pruned(layers, pruned, row), check_targets(layers, targets, row)
-    sides = choose_sides(layers, row, side, aims)
+    sides = choose_sides(layers, row, side, masks, aims)
     parts = by_precision(layers)
     found = [
         _penalty_values(
@@ -260,7 +262,7 @@ def add_gram_penalty_grad_(
     if factors is not None:
         factors = factors.detach()
     scale = scale_of(layers, strength, factors)
-    sides = choose_sides(layers, row, side, aims)
+    sides = choose_sides(layers, row, side, masks, aims)
     namespace, precision = _namespace(row, layers), selected_precision()
     in_place = [False] * count if namespace is None else written_in_place(original, layers)
     parts: list[list[int]] = []

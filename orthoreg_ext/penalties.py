@@ -36,7 +36,7 @@ class Penalty:
         value: phi, entrywise.
         slope: phi', entrywise; 0 where phi has a kink.
         curvature: phi'', entrywise, almost everywhere.
-        sides_agree: whether the values on the two sides differ by exactly n - k with equal
+        sides_agree: whether the sums on the two sides differ by exactly n - k with equal
             gradients, so that the smaller Gram matrix serves for both.
         root: whether P is the root of the sum; its gradient is 0 where P is.
         cosines: whether R is G_ij / sqrt(G_ii G_jj) instead of G; rows of zeros give 0.
@@ -104,6 +104,7 @@ PENALTIES: dict[str, Penalty] = {
             value=torch.square,
             slope=_twice,
             curvature=_two,
+            sides_agree=True,
             root=True,
         ),
         Penalty(

@@ -193,15 +193,22 @@ def gradient_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
 
 
 def gradient_floor(
-    name: str, side: str, layers: Layers, targets: list[float | Tensor | None] | None = None
+    name: str,
+    side: str,
+    layers: Layers,
+    targets: list[float | Tensor | None] | None = None,
+    *,
+    masked: bool = False,
 ) -> list[float]:
     """For each of layers.parameters(), how large the terms of its gradient are.
 
     The gradient of cosines is what is left of S W after most of it has cancelled (all of it for
-    parallel filters), and so it may be with targets, so that its rounding errors are small beside
-    |S| |W| only; a few of them meet, hence the factor. 0 for others.
+    parallel filters), and so it may be on the larger side: with targets, and of a root with masks.
+    So its rounding errors are small beside |S| |W| only; a few of them meet, hence the factor. 0
+    for others.
     """
-    if name != "cosine" and targets is None:
+    root = PENALTIES[name].root
+    if name != "cosine" and targets is None and not (masked and root):
         return [0.0] * len(layers.parameters())
     weights, biases = [], []
     for i, (w, b, groups) in enumerate(
@@ -215,6 +222,8 @@ def gradient_floor(
         aims = None if target is None else torch.as_tensor(target).cpu().to(w.dtype).expand(len(w))
         slope = slopes(matrices, columns, PENALTIES[name], Rows.of(None, aims, groups, columns))
         rows, slope = matrices.abs(), slope.abs()
+        if root:
+            slope = slope / slope.norm()
         terms = 8 * (rows @ slope if columns else slope @ rows)
         weights.append(float(terms.norm()))
         biases += [] if b is None else [float(terms[..., -1].norm())]

@@ -324,7 +324,7 @@ def test_pruned_filters_of_random_layers_are_left_out(target: Target, seed: int)
     )
     assert torch.equal(added, values)
     masks = [*pruned, *(m for m, b in zip(pruned, layers.biases, strict=True) if b is not None)]
-    floors = iter(gradient_floor(name, side, kept))
+    floors = iter(gradient_floor(name, side, kept, masked=True))
     for parameter, mask, got, expected in zip(
         layers.parameters(), masks, grads, want_grads, strict=True
     ):
