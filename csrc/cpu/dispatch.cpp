@@ -4,22 +4,26 @@
 #include <string>
 
 #include "../common/registration.h"
+#include "gram_kernels.h"
 #include "kernels.h"
 
 namespace orthoreg::cpu {
-namespace generic {
-extern const Kernels<float> float_kernels;
-extern const Kernels<double> double_kernels;
-}  // namespace generic
+// What kernels.cpp and gram_kernels.cpp define for an instruction set.
+#define ORTHOREG_DECLARE_LEVEL(level)                   \
+  namespace level {                                     \
+  extern const Kernels<float> float_kernels;            \
+  extern const Kernels<double> double_kernels;          \
+  extern const GramKernels<float> float_gram_kernels;   \
+  extern const GramKernels<double> double_gram_kernels; \
+  }
+#define ORTHOREG_KERNELS(level)                                              \
+  &level::float_kernels, &level::double_kernels, &level::float_gram_kernels, \
+      &level::double_gram_kernels
+
+ORTHOREG_DECLARE_LEVEL(generic)
 #if ORTHOREG_CPU_X86
-namespace avx2 {
-extern const Kernels<float> float_kernels;
-extern const Kernels<double> double_kernels;
-}  // namespace avx2
-namespace avx512 {
-extern const Kernels<float> float_kernels;
-extern const Kernels<double> double_kernels;
-}  // namespace avx512
+ORTHOREG_DECLARE_LEVEL(avx2)
+ORTHOREG_DECLARE_LEVEL(avx512)
 #endif
 
 namespace {
@@ -29,6 +33,8 @@ struct Level {
   bool runs;
   const Kernels<float>* float_kernels;
   const Kernels<double>* double_kernels;
+  const GramKernels<float>* float_gram_kernels;
+  const GramKernels<double>* double_gram_kernels;
 };
 
 Level choose() {
@@ -39,11 +45,11 @@ Level choose() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("fma"),
-       &avx512::float_kernels, &avx512::double_kernels},
+       ORTHOREG_KERNELS(avx512)},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-       &avx2::float_kernels, &avx2::double_kernels},
+       ORTHOREG_KERNELS(avx2)},
 #endif
-      {"generic", true, &generic::float_kernels, &generic::double_kernels},
+      {"generic", true, ORTHOREG_KERNELS(generic)},
   };
   const char* forced = std::getenv("ORTHOREG_EXT_CPU");
   std::string names;
@@ -79,6 +85,14 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
   return *chosen().double_kernels;
+}
+template <>
+const GramKernels<float>& gram_kernels<float>() {
+  return *chosen().float_gram_kernels;
+}
+template <>
+const GramKernels<double>& gram_kernels<double>() {
+  return *chosen().double_gram_kernels;
 }
 
 }  // namespace orthoreg::cpu

@@ -7,19 +7,6 @@
 
 namespace orthoreg::cpu {
 
-constexpr int64_t kPanel = 32;   // columns of one product panel
-constexpr int64_t kDepth = 256;  // entries that are packed at once
-constexpr int64_t kSmall = 8;    // Gram matrices up to this size are summed in double
-
-// An operand: entry (i, j) is at data[i * rows + j * cols].
-template <class T>
-struct Strided {
-  const T* data;
-  int64_t rows, cols;
-
-  const T* at(int64_t i, int64_t j) const { return data + i * rows + j * cols; }
-};
-
 // Sums over the entries w and gradients g of one filter.
 struct Sums {
   double abs_w = 0, square_w = 0, abs_wg = 0, wg = 0, square_wg = 0;
@@ -27,13 +14,6 @@ struct Sums {
 
 template <class T>
 struct Kernels {
-  // C[m, n] = A[m, k] B[k, n] for n <= kPanel; `packed` holds kDepth * kPanel entries.
-  void (*product)(Strided<T> a, Strided<T> b, int64_t m, int64_t n, int64_t k, T* c, int64_t ldc,
-                  T* packed);
-  // out[i * m + j] = sum_p a(i, p) a(j, p) in double, for i, j < m <= kSmall and p < k.
-  void (*pairs)(Strided<T> a, int64_t m, int64_t k, double* out);
-  // out[i] = sum_p a(i, p)^2 in double, for i < m <= kPanel and p < k.
-  void (*squares)(Strided<T> a, int64_t m, int64_t k, double* out);
   // Adds the sums over `count` consecutive entries; g may be null.
   void (*sums)(const T* w, const T* g, int64_t count, Sums* out);
 };
