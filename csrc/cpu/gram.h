@@ -110,18 +110,17 @@ GramTile<T> form_gram_tile(const Layer& layer, int64_t group, Range rows, Range 
   T* const g = scratch.tile;
   if (diagonal) std::fill_n(scratch.sums, kEdge, 0.0);
   if (layer.inner() == 0) std::fill_n(g, rows.count * kTileStride, T(0));
-  for (const Range& part : even_ranges(layer.inner(), kPackDepth)) {
+  for_even_ranges(layer.inner(), kPackDepth, [&](Range part) {
     pack(w, rows.start, rows.count, part.start, part.count, scratch.a);
     if (!diagonal) pack(w, columns.start, columns.count, part.start, part.count, scratch.b);
     if (diagonal && small) {
-      kernels.add_pairs(scratch.a, rows.count, part.count, scratch.sums);
-      continue;
+      return kernels.add_pairs(scratch.a, rows.count, part.count, scratch.sums);
     }
     const int64_t step = part.count * kernels.lanes;
     kernels.multiply({scratch.a, diagonal ? scratch.a : scratch.b, step, step, rows.count,
                       columns.count, part.count, g, part.start == 0, diagonal, nullptr, 0, 0});
     if (diagonal) kernels.add_squares(scratch.a, rows.count, part.count, scratch.sums);
-  }
+  });
   if (!diagonal) return {g, rows, columns, nullptr};
   for (int64_t i = 0; i < rows.count; ++i) {
     if (small) {
@@ -181,7 +180,7 @@ void form_gradient_tile(const Layer& layer, int64_t group, Range rows, Range col
   const Filters w = group_filters(layer, group);
   const Filters s{slopes.data, nullptr, nullptr, Element::kComputed, m, m};
   const Range side = layer.columns ? columns : rows;  // of the slopes
-  for (const Range& part : even_ranges(m, kPackDepth)) {
+  for_even_ranges(m, kPackDepth, [&](Range part) {
     T *a = scratch.a, *b = scratch.b;
     const int64_t packed_step = part.count * lanes;
     int64_t slopes_step = packed_step;
@@ -202,7 +201,7 @@ void form_gradient_tile(const Layer& layer, int64_t group, Range rows, Range col
                       layer.columns ? slopes_step : packed_step, rows.count, columns.count,
                       part.count, scratch.tile, part.start == 0, false, last ? &target : nullptr,
                       rows.start, columns.start});
-  }
+  });
 }
 
 // Where gradients go and by what they are multiplied; `gradients` is null if none are wanted.
@@ -277,11 +276,11 @@ void run_plan(const std::vector<Layer>& layers, const GramPlan& plan, T* slopes,
       }
       if (!plan.stages.gradient) continue;
       const Target<T> target = call.target(layers, unit.layer, g);
-      for (const Range& columns : even_ranges(layer.width(), kEdge)) {
-        for (const Range& rows : even_ranges(layer.n, kEdge)) {
+      for_even_ranges(layer.width(), kEdge, [&](Range columns) {
+        for_even_ranges(layer.n, kEdge, [&](Range rows) {
           form_gradient_tile<T>(layer, g, rows, columns, s, target, scratch);
-        }
-      }
+        });
+      });
     }
   };
   for_each_unit(

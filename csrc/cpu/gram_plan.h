@@ -26,15 +26,14 @@ struct Range {
   int64_t start, count;
 };
 
-// `size` in runs of at most `most`, which are as even as multiples of 16 can be.
-inline std::vector<Range> even_ranges(int64_t size, int64_t most) {
-  std::vector<Range> out;
-  const int64_t runs = divide_up(size, most);
-  const int64_t length = runs == 0 ? 1 : divide_up(divide_up(size, runs), 16) * 16;
+// Calls visit(Range) for `size` in runs of at most `most`, as even as multiples of 16 can be.
+template <class Visit>
+void for_even_ranges(int64_t size, int64_t most, const Visit& visit) {
+  if (size == 0) return;
+  const int64_t length = divide_up(divide_up(size, divide_up(size, most)), 16) * 16;
   for (int64_t start = 0; start < size; start += length) {
-    out.push_back({start, std::min(length, size - start)});
+    visit(Range{start, std::min(length, size - start)});
   }
-  return out;
 }
 
 enum class UnitKind { kWhole, kGramTile, kGradientTile };
@@ -74,23 +73,23 @@ inline double gradient_work(const Layer& layer) {
 }
 
 inline void add_gram_tiles(const Layer& layer, int l, std::vector<Unit>& out) {
-  const std::vector<Range> blocks = even_ranges(layer.m(), kEdge);
   for (int64_t group = 0; group < layer.groups; ++group) {
-    for (size_t i = 0; i < blocks.size(); ++i) {
-      for (size_t j = 0; j <= i; ++j) {
-        out.push_back({UnitKind::kGramTile, l, {group, 1}, blocks[i], blocks[j]});
-      }
-    }
+    for_even_ranges(layer.m(), kEdge, [&](Range rows) {
+      for_even_ranges(layer.m(), kEdge, [&](Range columns) {
+        if (columns.start > rows.start) return;
+        out.push_back({UnitKind::kGramTile, l, {group, 1}, rows, columns});
+      });
+    });
   }
 }
 
 inline void add_gradient_tiles(const Layer& layer, int l, std::vector<Unit>& out) {
-  const std::vector<Range> rows = even_ranges(layer.n, kEdge);
-  const std::vector<Range> columns = even_ranges(layer.width(), kEdge);
   for (int64_t group = 0; group < layer.groups; ++group) {
-    for (const Range& j : columns) {
-      for (const Range& i : rows) out.push_back({UnitKind::kGradientTile, l, {group, 1}, i, j});
-    }
+    for_even_ranges(layer.width(), kEdge, [&](Range columns) {
+      for_even_ranges(layer.n, kEdge, [&](Range rows) {
+        out.push_back({UnitKind::kGradientTile, l, {group, 1}, rows, columns});
+      });
+    });
   }
 }
 
