@@ -1,29 +1,29 @@
 // Picks the instruction set once a process, and tells Python which.
+#include "dispatch.h"
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "../common/registration.h"
-#include "kernels.h"
+#include "gram_kernels.h"
 #include "score_kernels.h"
 
 namespace orthoreg::cpu {
-namespace generic {
-extern const Kernels<float> float_kernels;
-extern const Kernels<double> double_kernels;
-extern const ScoreKernel score_kernels[kElements];
-}  // namespace generic
+// What gram_kernels.cpp and score_kernels.cpp define for an instruction set.
+#define ORTHOREG_DECLARE_LEVEL(level)                     \
+  namespace level {                                       \
+  extern const GramKernels<float> float_gram_kernels;     \
+  extern const GramKernels<double> double_gram_kernels;   \
+  extern const ScoreKernel score_kernels[kScoreElements]; \
+  }
+#define ORTHOREG_KERNELS(level) \
+  &level::float_gram_kernels, &level::double_gram_kernels, level::score_kernels
+
+ORTHOREG_DECLARE_LEVEL(generic)
 #if ORTHOREG_CPU_X86
-namespace avx2 {
-extern const Kernels<float> float_kernels;
-extern const Kernels<double> double_kernels;
-extern const ScoreKernel score_kernels[kElements];
-}  // namespace avx2
-namespace avx512 {
-extern const Kernels<float> float_kernels;
-extern const Kernels<double> double_kernels;
-extern const ScoreKernel score_kernels[kElements];
-}  // namespace avx512
+ORTHOREG_DECLARE_LEVEL(avx2)
+ORTHOREG_DECLARE_LEVEL(avx512)
 #endif
 
 namespace {
@@ -31,8 +31,8 @@ namespace {
 struct Level {
   std::string name;
   bool runs;
-  const Kernels<float>* float_kernels;
-  const Kernels<double>* double_kernels;
+  const GramKernels<float>* float_gram_kernels;
+  const GramKernels<double>* double_gram_kernels;
   const ScoreKernel* score_kernels;
 };
 
@@ -44,11 +44,11 @@ Level choose() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("fma"),
-       &avx512::float_kernels, &avx512::double_kernels, avx512::score_kernels},
+       ORTHOREG_KERNELS(avx512)},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-       &avx2::float_kernels, &avx2::double_kernels, avx2::score_kernels},
+       ORTHOREG_KERNELS(avx2)},
 #endif
-      {"generic", true, &generic::float_kernels, &generic::double_kernels, generic::score_kernels},
+      {"generic", true, ORTHOREG_KERNELS(generic)},
   };
   const char* forced = std::getenv("ORTHOREG_EXT_CPU");
   std::string names;
@@ -78,15 +78,15 @@ std::string cpu_level() { return level(); }
 const std::string& level() { return chosen().name; }
 
 template <>
-const Kernels<float>& kernels<float>() {
-  return *chosen().float_kernels;
+const GramKernels<float>& gram_kernels<float>() {
+  return *chosen().float_gram_kernels;
 }
 template <>
-const Kernels<double>& kernels<double>() {
-  return *chosen().double_kernels;
+const GramKernels<double>& gram_kernels<double>() {
+  return *chosen().double_gram_kernels;
 }
 
-ScoreKernel score_kernel(Element element) {
+ScoreKernel score_kernel(ScoreElement element) {
   return chosen().score_kernels[static_cast<int>(element)];
 }
 

@@ -243,16 +243,16 @@ void add_taps(const ScoreLayer& layer, double* columns, int64_t column_stride, S
   }
 }
 
-Element element_of(ScalarType type) {
+ScoreElement element_of(ScalarType type) {
   switch (type) {
     case ScalarType::Double:
-      return Element::kDouble;
+      return ScoreElement::kDouble;
     case ScalarType::Half:
-      return Element::kHalf;
+      return ScoreElement::kHalf;
     case ScalarType::BFloat16:
-      return Element::kBFloat16;
+      return ScoreElement::kBFloat16;
     default:
-      return Element::kFloat;
+      return ScoreElement::kFloat;
   }
 }
 

@@ -9,9 +9,9 @@ namespace {
 
 template <class T>
 void run(const std::vector<Layer>& layers, Tensor& out) {
-  for_each_gram_panel<T>(layers, read_matrices<T>(layers), gram_panels(layers),
-                         static_cast<T*>(out.mutable_data_ptr()),
-                         [](int64_t, T*, int64_t, int64_t, int64_t, const double*) {});
+  AsItIs<T> epilogue;
+  run_plan<T>(layers, plan_all(layers, {/*gram=*/true, /*gradient=*/false}),
+              static_cast<T*>(out.mutable_data_ptr()), {}, epilogue);
 }
 
 Tensor gram(std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<int64_t> groups,

@@ -2,10 +2,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <numeric>
 #include <tuple>
+#include <type_traits>
 
 #include "../common/entrywise.h"
 #include "../common/prepared.h"
+#include "../common/workspace.h"
 #include "gram.h"
 
 namespace orthoreg::cpu {
@@ -30,148 +33,154 @@ struct Rows {
   bool is_marked(int64_t i) const { return marked != nullptr && marked[i]; }
 };
 
-// In: a panel of G below the diagonal. Out: the same panel of S = phi'(R). Returns its part of
-// sum phi(R), the entries off the diagonal counted twice.
+// Sums phi over those of `count` entries that count(j), and replaces them by phi'. In lanes, which
+// compilers make registers of: about one instruction an entry, reading and writing each once.
+template <class Penalty, class T, class Counts>
+double apply_row(T* row, int64_t count, const Counts& counts) {
+  constexpr int64_t kLanes = 16;
+  T sums[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const T r = counts(j + lane) ? row[j + lane] : T(0);
+      sums[lane] += Penalty::value(r);
+      row[j + lane] = Penalty::slope(r);
+    }
+  }
+  double sum = 0;
+  for (; j < count; ++j) {
+    const T r = counts(j) ? row[j] : T(0);
+    sum += Penalty::value(r);
+    row[j] = Penalty::slope(r);
+  }
+  for (const T part : sums) sum += part;
+  return sum;
+}
+
+// In: a tile of G. Out: the same tile of S = phi'(R). Returns its part of sum phi(R), the entries
+// off the diagonal counted twice. `of` are the tile's rows, `across` those that its columns are.
 template <class Penalty, class T>
-double apply(T* g, int64_t rows, int64_t columns, int64_t ld, const double* diagonal,
-             const Rows<T>& of) {
+double apply(const GramTile<T>& tile, const Rows<T>& of, const Rows<T>& across) {
   double once = 0, twice = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    T* row = g + i * ld;
-    for (int64_t j = 0; j < std::min(i, columns); ++j) {
-      const bool counts = !Penalty::kMarked || Penalty::counts(of.is_marked(i), of.is_marked(j));
-      const T r = counts ? row[j] : T(0);
-      twice += Penalty::value(r);
-      row[j] = Penalty::slope(r);
-    }
-    if (i < columns) {
-      constexpr Diagonal kind = Penalty::kDiagonal;
-      const double target = kind == Diagonal::kTarget ? of.target(i) : 0;
-      const bool counts = kind != Diagonal::kFree &&
-                          (!Penalty::kMarked || Penalty::counts(of.is_marked(i), of.is_marked(i)));
-      const T r = counts ? static_cast<T>(diagonal[i] - target) : T(0);
-      once += Penalty::value(r);
-      row[i] = Penalty::slope(r);
-    }
+  for (int64_t i = 0; i < tile.rows.count; ++i) {
+    T* row = tile.g + i * kTileStride;
+    const auto counts = [&](int64_t j) {
+      return !Penalty::kMarked || Penalty::counts(of.is_marked(i), across.is_marked(j));
+    };
+    twice += apply_row<Penalty>(row, tile.diagonal == nullptr ? tile.columns.count : i, counts);
+    if (tile.diagonal == nullptr) continue;
+    constexpr Diagonal kind = Penalty::kDiagonal;
+    const double target = kind == Diagonal::kTarget ? of.target(i) : 0;
+    const T r =
+        kind != Diagonal::kFree && counts(i) ? static_cast<T>(tile.diagonal[i] - target) : T(0);
+    once += Penalty::value(r);
+    row[i] = Penalty::slope(r);
   }
   return once + 2 * twice;
 }
 
-// In: G [m, m] of one matrix. Out: S, with S_ij = phi'(C_ij) / sqrt(G_ii G_jj) off the diagonal of
-// the cosines C and S_ii = -sum_j phi'(C_ij) C_ij / G_ii on it. Returns sum phi(C) off the
-// diagonal. Rows of zeros have the cosine 0 with every other one.
+// In: G, and its diagonal in `square`, which becomes the inverse norms. Out: S, with
+// S_ij = phi'(C_ij) / sqrt(G_ii G_jj) off the diagonal of the cosines C and
+// S_ii = -sum_j phi'(C_ij) C_ij / G_ii on it. Returns sum phi(C) off the diagonal. Rows of zeros
+// have the cosine 0 with every other one.
 template <class Penalty, class T>
-double apply_to_cosines(T* g, int64_t m, const std::vector<double>& square) {
-  std::vector<double> inverse(m);
-  for (int64_t i = 0; i < m; ++i) inverse[i] = square[i] == 0 ? 0 : 1 / std::sqrt(square[i]);
+double apply_to_cosines(const Symmetric<T>& g, double* square) {
+  double* const inverse = square;
+  for (int64_t i = 0; i < g.m; ++i) inverse[i] = square[i] == 0 ? 0 : 1 / std::sqrt(square[i]);
   double value = 0;
-  for (int64_t i = 0; i < m; ++i) {
-    T* row = g + i * m;
+  for (int64_t i = 0; i < g.m; ++i) {
+    T* row = &g.at(i, 0);
     double turn = 0;
-    for (int64_t j = 0; j < m; ++j) {
+    for (int64_t j = 0; j < g.m; ++j) {
       if (j == i) continue;
-      const double scale = inverse[i] * inverse[j], cosine = row[j] * scale;
+      T& entry = row[j * g.lanes];
+      const double scale = inverse[i] * inverse[j], cosine = entry * scale;
       const double slope = Penalty::slope(cosine);
       value += Penalty::value(cosine);
       turn += slope * cosine;
-      row[j] = static_cast<T>(slope * scale);
+      entry = static_cast<T>(slope * scale);
     }
-    row[i] = static_cast<T>(-turn * inverse[i] * inverse[i]);
+    row[i * g.lanes] = static_cast<T>(-turn * inverse[i] * inverse[i]);
   }
   return value;
 }
 
+// Turns G into S tile by tile, and keeps each unit's part of the penalty.
+template <class Penalty, class T>
+class EntrywiseEpilogue {
+ public:
+  EntrywiseEpilogue(const std::vector<Layer>& layers, const GramPlan& plan)
+      : layers_(layers), plan_(plan), parts_(plan.units.size()) {}
+
+  void tile(size_t unit, int l, int64_t group, const GramTile<T>& tile) {
+    const Layer& layer = layers_[l];
+    parts_[unit] += apply<Penalty>(tile, Rows<T>(layer, group, tile.rows.start),
+                                   Rows<T>(layer, group, tile.columns.start));
+  }
+  void matrix(int, int64_t, Symmetric<T>) {}
+
+  std::vector<double> sums() const {
+    std::vector<double> out(layers_.size());
+    for (size_t u = 0; u < parts_.size(); ++u) out[plan_.units[u].layer] += parts_[u];
+    return out;
+  }
+
+ private:
+  const std::vector<Layer>& layers_;
+  const GramPlan& plan_;
+  std::vector<double> parts_;
+};
+
+// Keeps the diagonals, and turns each whole G into S.
+template <class Penalty, class T>
+class CosineEpilogue {
+ public:
+  CosineEpilogue(const std::vector<Layer>& layers, const GramPlan& plan) : layers_(layers) {
+    for (int l = 0; l < static_cast<int>(layers.size()); ++l) {
+      const bool there = plan.first <= l && l < plan.last;
+      squares_.emplace_back(there ? layers[l].groups * layers[l].m() : 0);
+      parts_.emplace_back(there ? layers[l].groups : 0);
+    }
+  }
+
+  void tile(size_t, int l, int64_t group, const GramTile<T>& tile) {
+    if (tile.diagonal == nullptr) return;
+    std::copy_n(tile.diagonal, tile.rows.count,
+                squares_[l].data() + group * layers_[l].m() + tile.rows.start);
+  }
+  void matrix(int l, int64_t group, Symmetric<T> g) {
+    parts_[l][group] = apply_to_cosines<Penalty>(g, squares_[l].data() + group * g.m);
+  }
+
+  std::vector<double> sums() const {
+    std::vector<double> out;
+    for (const auto& parts : parts_) {
+      out.push_back(std::accumulate(parts.begin(), parts.end(), 0.0));
+    }
+    return out;
+  }
+
+ private:
+  const std::vector<Layer>& layers_;
+  std::vector<std::vector<double>> squares_, parts_;  // of each layer's groups
+};
+
+// Values, slopes, gradients of the layers of one plan: what its stages say.
 template <class T>
-void values_and_slopes(const std::vector<Layer>& layers, const std::vector<Matrix<T>>& matrices,
-                       const Units& units, const std::string& penalty, T* values, T* slopes) {
-  std::vector<double> parts(units.list.size());
-  std::vector<std::vector<double>> squares(layers.size());  // the diagonals, where they are needed
-  std::vector<double> sums(layers.size());
+void run_penalty(const std::vector<Layer>& layers, const GramPlan& plan, const std::string& penalty,
+                 T* values, T* slopes, const GradientCall<T>& call) {
   visit_penalty(penalty, [&](auto functor) {
     using Penalty = decltype(functor);
-    for (size_t l = 0; l < layers.size() && Penalty::kCosines; ++l) {
-      squares[l].resize(layers[l].groups * layers[l].m());
-    }
-    for_each_gram_panel<T>(
-        layers, matrices, units, slopes,
-        [&](int64_t u, T* g, int64_t rows, int64_t columns, int64_t ld, const double* diagonal) {
-          const Unit& unit = units.list[u];
-          const Layer& layer = layers[unit.layer];
-          if constexpr (Penalty::kCosines) {
-            std::copy(diagonal, diagonal + columns,
-                      squares[unit.layer].begin() + unit.group * layer.m() + unit.column);
-          } else {
-            parts[u] = apply<Penalty>(g, rows, columns, ld, diagonal,
-                                      Rows<T>(layer, unit.group, unit.column));
-          }
-        });
-    for (size_t l = 0; l < layers.size() && Penalty::kCosines; ++l) {
-      const int64_t m = layers[l].m();
-      for (int64_t group = 0; group < layers[l].groups; ++group) {
-        const auto first = squares[l].begin() + group * m;
-        sums[l] += apply_to_cosines<Penalty>(slopes + layers[l].slopes + group * m * m, m,
-                                             std::vector<double>(first, first + m));
-      }
+    std::conditional_t<Penalty::kCosines, CosineEpilogue<Penalty, T>, EntrywiseEpilogue<Penalty, T>>
+        epilogue(layers, plan);
+    run_plan<T>(layers, plan, slopes, call, epilogue);
+    if (!plan.stages.gram) return;
+    const std::vector<double> sums = epilogue.sums();
+    for (int l = plan.first; l < plan.last; ++l) {
+      const double sum = sums[l] + layers[l].offset;
+      values[l] = static_cast<T>(Penalty::kRoot ? std::sqrt(sum) : sum);
     }
   });
-  for (size_t u = 0; u < parts.size(); ++u) sums[units.list[u].layer] += parts[u];
-  for (size_t l = 0; l < layers.size(); ++l) values[l] = static_cast<T>(sums[l] + layers[l].offset);
-}
-
-Units gradient_panels(const std::vector<Layer>& layers) {
-  return make_units(
-      layers, [](const Layer& layer) { return layer.width(); },
-      [](const Layer& layer, int64_t column) {
-        return static_cast<double>(layer.n) * std::min(kPanel, layer.width() - column) * layer.m();
-      });
-}
-
-// Writes 2 c_l S W (rows) or 2 c_l W S (columns) to the gradients, or adds it to them; pruned
-// filters get 0.
-template <class T>
-void gradients(const std::vector<Layer>& layers, const std::vector<Matrix<T>>& matrices,
-               const Units& units, const T* slopes, const T* coefficients,
-               const std::vector<Gradient>& grads, bool accumulate) {
-  const Kernels<T>& kernel = kernels<T>();
-  for_each_unit(
-      static_cast<int64_t>(units.list.size()), units.work,
-      [] { return std::pair(std::vector<T>(kDepth * kPanel), std::vector<T>()); },
-      [&](int64_t u, auto& scratch) {
-        const Unit& unit = units.list[u];
-        const Layer& layer = layers[unit.layer];
-        const Matrix<T>& matrix = matrices[unit.layer];
-        const int64_t m = layer.m(), j0 = unit.column;
-        const int64_t columns = std::min(kPanel, layer.width() - j0);
-        const Strided<T> w{matrix.data + unit.group * layer.n * matrix.stride, matrix.stride, 1};
-        const Strided<T> s{slopes + layer.slopes + unit.group * m * m, m, 1};
-        const Strided<T>&a = layer.columns ? w : s, &b = layer.columns ? s : w;
-        std::vector<T>& panel = scratch.second;
-        panel.resize(std::max<size_t>(panel.size(), layer.n * kPanel));
-        kernel.product(a, {b.at(0, j0), b.rows, 1}, layer.n, columns, m, panel.data(), kPanel,
-                       scratch.first.data());
-        const T factor = 2 * coefficients[unit.layer];
-        const Gradient& grad = grads[unit.layer];
-        visit_type(layer.dtype, [&](auto element) {
-          using E = decltype(element);
-          for (int64_t i = 0; i < layer.n; ++i) {
-            const int64_t filter = unit.group * layer.n + i;
-            T* from = panel.data() + i * kPanel;
-            if (layer.is_pruned(filter))
-              std::fill(from, from + columns, T(0));  // also where NaN is
-            E* row = static_cast<E*>(grad.weight) + filter * grad.stride + j0;
-            const int64_t entries = std::min(columns, layer.k - j0);
-            for (int64_t j = 0; j < entries; ++j) {
-              row[j] =
-                  static_cast<E>((accumulate ? static_cast<T>(row[j]) : T(0)) + factor * from[j]);
-            }
-            if (entries < columns) {
-              E* bias = static_cast<E*>(grad.bias) + filter;
-              *bias = static_cast<E>((accumulate ? static_cast<T>(*bias) : T(0)) +
-                                     factor * from[entries]);
-            }
-          }
-        });
-      });
 }
 
 template <class T>
@@ -193,8 +202,8 @@ std::tuple<Tensor, Tensor> gram_penalty(std::vector<Tensor> weights, std::vector
   Tensor slopes = torch::stable::new_empty(weights[0], {slopes_size(layers)}, type);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    values_and_slopes<T>(layers, read_matrices<T>(layers), gram_panels(layers), penalty,
-                         data<T>(values), data<T>(slopes));
+    run_penalty<T>(layers, plan_all(layers, {/*gram=*/true, /*gradient=*/false}), penalty,
+                   data<T>(values), data<T>(slopes), {});
   };
   is_double(weights) ? run(double{}) : run(float{});
   return {values, slopes};
@@ -216,29 +225,52 @@ std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<T
   const std::vector<Gradient> into = read_gradients(weights, biases, grads, bias_grads);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    gradients<T>(layers, read_matrices<T>(layers), gradient_panels(layers), data<T>(slopes),
-                 data<T>(coefficients), into, /*accumulate=*/false);
+    AsItIs<T> epilogue;
+    run_plan<T>(layers, plan_all(layers, {/*gram=*/false, /*gradient=*/true}), data<T>(slopes),
+                {&into, data<T>(coefficients), /*accumulate=*/false}, epilogue);
   };
   is_double(weights) ? run(double{}) : run(float{});
   grads.insert(grads.end(), bias_grads.begin(), bias_grads.end());
   return grads;
 }
 
-Tensor add_penalty(const std::vector<Layer>& layers, const Units& gram, const Units& gradient,
+std::vector<GramPlan> plan_add(const std::vector<Layer>& layers, bool in_double,
+                               const std::string& penalty) {
+  const bool apart = Penalties::takes_root(Penalties::id(penalty));
+  return plan_waves(layers, in_double ? 8 : 4, workspace_bytes(), apart);
+}
+
+// slopes: for the wave that needs the most of them.
+Tensor add_penalty(const std::vector<Layer>& layers, const std::vector<GramPlan>& waves,
                    const std::string& penalty, const std::vector<Gradient>& into,
-                   const Tensor& coefficients) {
+                   const Tensor& coefficients, const Tensor& slopes) {
   const int64_t count = static_cast<int64_t>(layers.size());
   Tensor values = torch::stable::new_empty(coefficients, {count});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const std::vector<Matrix<T>> matrices = read_matrices<T>(layers);
-    std::vector<T> slopes(slopes_size(layers));
-    values_and_slopes<T>(layers, matrices, gram, penalty, data<T>(values), slopes.data());
-    gradients<T>(layers, matrices, gradient, slopes.data(), data<T>(coefficients), into,
-                 /*accumulate=*/true);
+    T *const mine = data<T>(values), *const given = data<T>(coefficients);
+    std::vector<T> of_roots;  // the coefficients for the gradients of what the roots are of
+    for (const GramPlan& wave : waves) {
+      const bool apart = wave.stages.gradient && !wave.stages.gram;
+      if (apart) {
+        of_roots.resize(count);
+        for (int l = wave.first; l < wave.last; ++l) {
+          of_roots[l] = gradient_factor(given[l], mine + l) / 2;
+        }
+      }
+      run_penalty<T>(layers, wave, penalty, mine, data<T>(slopes),
+                     {&into, apart ? of_roots.data() : given, /*accumulate=*/true});
+    }
   };
   coefficients.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return values;
+}
+
+// Not initialised: memory that nothing is written to is never mapped.
+Tensor make_slopes(const std::vector<GramPlan>& waves, const Tensor& like, ScalarType type) {
+  int64_t size = 0;
+  for (const GramPlan& wave : waves) size = std::max(size, wave.slopes_size);
+  return torch::stable::new_empty(like, {size}, type);
 }
 
 Tensor add_gram_penalty_grad_(std::vector<Tensor> weights, std::vector<Tensor> biases,
@@ -252,24 +284,27 @@ Tensor add_gram_penalty_grad_(std::vector<Tensor> weights, std::vector<Tensor> b
       read_layers(weights, biases, groups, columns, {penalty, offsets, pruned, targets});
   check_coefficients(coefficients, weights);
   const std::vector<Gradient> into = read_gradients(weights, biases, grads, bias_grads);
-  return add_penalty(layers, gram_panels(layers), gradient_panels(layers), penalty, into,
-                     coefficients);
+  const std::vector<GramPlan> waves = plan_add(layers, is_double(weights), penalty);
+  return add_penalty(layers, waves, penalty, into, coefficients,
+                     make_slopes(waves, coefficients, compute_type(weights)));
 }
 
+// Keeps its slopes: memory of every step would have to be mapped anew.
 class PreparedOnCpu : public Prepared {
  public:
   explicit PreparedOnCpu(Arguments given)
       : Prepared(std::move(given)),
-        gram_(gram_panels(layers())),
-        gradient_(gradient_panels(layers())) {}
+        waves_(plan_add(layers(), is_double(arguments().weights), arguments().of.penalty)),
+        slopes_(make_slopes(waves_, arguments().weights[0], compute_type(arguments().weights))) {}
 
  protected:
   Tensor add_to(const std::vector<Gradient>& gradients, const Tensor& coefficients) override {
-    return add_penalty(layers(), gram_, gradient_, arguments().of.penalty, gradients, coefficients);
+    return add_penalty(layers(), waves_, arguments().of.penalty, gradients, coefficients, slopes_);
   }
 
  private:
-  const Units gram_, gradient_;
+  const std::vector<GramPlan> waves_;
+  const Tensor slopes_;
 };
 
 int64_t prepare_gram_penalty(std::vector<Tensor> weights, std::vector<Tensor> biases,

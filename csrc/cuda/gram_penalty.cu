@@ -1,28 +1,14 @@
 // gram_penalty, gram_penalty_grad and add_gram_penalty_grad_ for all layers.
-#include <cstdlib>
 #include <tuple>
 
 #include "../common/prepared.h"
+#include "../common/workspace.h"
 #include "gram.h"
 #include "gram_penalty.cuh"
 #include "visit_tile.cuh"
 
 namespace orthoreg::cuda {
 namespace {
-
-// The Gram matrices of a call lie in a workspace of at most so many bytes; larger sets of layers
-// are worked on in waves. ORTHOREG_EXT_WORKSPACE_MB changes it.
-constexpr int64_t kWorkspace = int64_t(256) << 20;
-
-int64_t workspace_bytes() {
-  const char* text = std::getenv("ORTHOREG_EXT_WORKSPACE_MB");
-  if (text == nullptr || *text == '\0') return kWorkspace;
-  char* end = nullptr;
-  const double megabytes = std::strtod(text, &end);
-  STD_TORCH_CHECK(*end == '\0' && megabytes > 0, "ORTHOREG_EXT_WORKSPACE_MB is '", text,
-                  "', expected a positive number of megabytes");
-  return static_cast<int64_t>(megabytes * (1 << 20));
-}
 
 int read_penalty(const std::string& name) {
   const int id = Penalties::id(name);
