@@ -40,7 +40,7 @@ LARGE: Shapes = ((2048, 2048), (512, 4608), (1000, 512))
 SCALED: Shapes = ((256, 256), (64, 576), (125, 64))  # LARGE for the emulator
 # A G - I that is nearly 0 has either sign in float32, and one flipped sign is a gradient of 1e-3:
 # `orthoreg` is compared only where none is (tests/test_benchmarks.py), as many entries have one.
-SMOOTH = ("so", "offdiag", "tpp")
+SMOOTH = ("so", "frobenius", "offdiag", "tpp")
 CERTAIN = 1e-7
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # Of float32 where products are rounded to less; G - I cancels nothing in these random layers.

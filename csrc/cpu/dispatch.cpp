@@ -1,6 +1,4 @@
 // Picks the instruction set once a process, and tells Python which.
-#include "dispatch.h"
-
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -10,20 +8,22 @@
 #include "score_kernels.h"
 
 namespace orthoreg::cpu {
-// What gram_kernels.cpp and score_kernels.cpp define for an instruction set.
-#define ORTHOREG_DECLARE_LEVEL(level)                     \
-  namespace level {                                       \
-  extern const GramKernels<float> float_gram_kernels;     \
-  extern const GramKernels<double> double_gram_kernels;   \
-  extern const ScoreKernel score_kernels[kScoreElements]; \
-  }
-#define ORTHOREG_KERNELS(level) \
-  &level::float_gram_kernels, &level::double_gram_kernels, level::score_kernels
-
-ORTHOREG_DECLARE_LEVEL(generic)
+namespace generic {
+extern const GramKernels<float> float_gram_kernels;
+extern const GramKernels<double> double_gram_kernels;
+extern const ScoreKernel score_kernels[kElements];
+}  // namespace generic
 #if ORTHOREG_CPU_X86
-ORTHOREG_DECLARE_LEVEL(avx2)
-ORTHOREG_DECLARE_LEVEL(avx512)
+namespace avx2 {
+extern const GramKernels<float> float_gram_kernels;
+extern const GramKernels<double> double_gram_kernels;
+extern const ScoreKernel score_kernels[kElements];
+}  // namespace avx2
+namespace avx512 {
+extern const GramKernels<float> float_gram_kernels;
+extern const GramKernels<double> double_gram_kernels;
+extern const ScoreKernel score_kernels[kElements];
+}  // namespace avx512
 #endif
 
 namespace {
@@ -44,11 +44,12 @@ Level choose() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("fma"),
-       ORTHOREG_KERNELS(avx512)},
+       &avx512::float_gram_kernels, &avx512::double_gram_kernels, avx512::score_kernels},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-       ORTHOREG_KERNELS(avx2)},
+       &avx2::float_gram_kernels, &avx2::double_gram_kernels, avx2::score_kernels},
 #endif
-      {"generic", true, ORTHOREG_KERNELS(generic)},
+      {"generic", true, &generic::float_gram_kernels, &generic::double_gram_kernels,
+       generic::score_kernels},
   };
   const char* forced = std::getenv("ORTHOREG_EXT_CPU");
   std::string names;
@@ -71,11 +72,9 @@ const Level& chosen() {
   return level;
 }
 
-std::string cpu_level() { return level(); }
+std::string cpu_level() { return chosen().name; }
 
 }  // namespace
-
-const std::string& level() { return chosen().name; }
 
 template <>
 const GramKernels<float>& gram_kernels<float>() {
@@ -86,7 +85,7 @@ const GramKernels<double>& gram_kernels<double>() {
   return *chosen().double_gram_kernels;
 }
 
-ScoreKernel score_kernel(ScoreElement element) {
+ScoreKernel score_kernel(Element element) {
   return chosen().score_kernels[static_cast<int>(element)];
 }
 

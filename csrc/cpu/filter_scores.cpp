@@ -243,16 +243,16 @@ void add_taps(const ScoreLayer& layer, double* columns, int64_t column_stride, S
   }
 }
 
-ScoreElement element_of(ScalarType type) {
+Element element_of(ScalarType type) {
   switch (type) {
     case ScalarType::Double:
-      return ScoreElement::kDouble;
+      return Element::kDouble;
     case ScalarType::Half:
-      return ScoreElement::kHalf;
+      return Element::kHalf;
     case ScalarType::BFloat16:
-      return ScoreElement::kBFloat16;
+      return Element::kBFloat16;
     default:
-      return ScoreElement::kFloat;
+      return Element::kFloat;
   }
 }
 

@@ -59,10 +59,10 @@ struct GramTile {
       diagonal;  // null off the diagonal; in double, for near orthonormality G - I cancels
 };
 
-inline Element element_of(const Layer& layer) {
-  return layer.dtype == ScalarType::Half       ? Element::kHalf
-         : layer.dtype == ScalarType::BFloat16 ? Element::kBFloat16
-                                               : Element::kComputed;
+inline Storage storage_of(const Layer& layer) {
+  return layer.dtype == ScalarType::Half       ? Storage::kHalf
+         : layer.dtype == ScalarType::BFloat16 ? Storage::kBFloat16
+                                               : Storage::kComputed;
 }
 
 inline int64_t element_bytes(const Layer& layer) {
@@ -80,7 +80,7 @@ inline Filters group_filters(const Layer& layer, int64_t group) {
   return {advance(layer.weight, first * layer.stride * bytes),
           advance(layer.bias, first * bytes),
           layer.pruned == nullptr ? nullptr : layer.pruned + first,
-          element_of(layer),
+          storage_of(layer),
           layer.stride,
           layer.k};
 }
@@ -92,7 +92,7 @@ Target<T> group_target(const Layer& layer, int64_t group, const Gradient& gradie
   return {advance(gradient.weight, first * gradient.stride * bytes),
           advance(gradient.bias, first * bytes),
           layer.pruned == nullptr ? nullptr : layer.pruned + first,
-          element_of(layer),
+          storage_of(layer),
           gradient.stride,
           layer.k,
           factor,
@@ -178,7 +178,7 @@ void form_gradient_tile(const Layer& layer, int64_t group, Range rows, Range col
   const GramKernels<T>& kernels = gram_kernels<T>();
   const int64_t m = slopes.m, lanes = kernels.lanes;
   const Filters w = group_filters(layer, group);
-  const Filters s{slopes.data, nullptr, nullptr, Element::kComputed, m, m};
+  const Filters s{slopes.data, nullptr, nullptr, Storage::kComputed, m, m};
   const Range side = layer.columns ? columns : rows;  // of the slopes
   for_even_ranges(m, kPackDepth, [&](Range part) {
     T *a = scratch.a, *b = scratch.b;
@@ -208,11 +208,13 @@ void form_gradient_tile(const Layer& layer, int64_t group, Range rows, Range col
 template <class T>
 struct GradientCall {
   const std::vector<Gradient>* gradients = nullptr;
-  const T* coefficients = nullptr;  // [L]; the factor is twice that
+  const T* coefficients = nullptr;  // [L]
   bool accumulate = false;
 
-  Target<T> target(const std::vector<Layer>& layers, int l, int64_t group) const {
-    return group_target(layers[l], group, (*gradients)[l], 2 * coefficients[l], accumulate);
+  template <class Epilogue>
+  Target<T> target(const Layer& layer, int l, int64_t group, const Epilogue& epilogue) const {
+    return group_target(layer, group, (*gradients)[l], epilogue.factor(l, coefficients[l]),
+                        accumulate);
   }
 };
 
@@ -221,6 +223,8 @@ template <class T>
 struct AsItIs {
   void tile(size_t, int, int64_t, const GramTile<T>&) {}
   void matrix(int, int64_t, Symmetric<T>) {}
+  void layer(int) {}
+  T factor(int, T coefficient) const { return gradient_factor<T>(coefficient, nullptr); }
 };
 
 // Runs a plan. The Gram matrices of layer l, or what the epilogue makes of them, go to (or come
@@ -228,6 +232,8 @@ struct AsItIs {
 //
 //   void tile(size_t unit, int l, int64_t group, const GramTile<T>&)   may overwrite the tile
 //   void matrix(int l, int64_t group, Symmetric<T>)   before any gradient is made of it
+//   void layer(int l)                                 when it is whole, where gradients follow
+//   T factor(int l, T coefficient)                    what the layer's gradients are multiplied by
 template <class T, class Epilogue>
 void run_plan(const std::vector<Layer>& layers, const GramPlan& plan, T* slopes,
               const GradientCall<T>& call, Epilogue& epilogue) {
@@ -251,6 +257,7 @@ void run_plan(const std::vector<Layer>& layers, const GramPlan& plan, T* slopes,
     for (int64_t g = 0; g < layer.groups; ++g) {
       epilogue.matrix(unit.layer, g, matrix_of(unit.layer, g));
     }
+    if (plan.stages.gradient) epilogue.layer(unit.layer);
     tiles_left[unit.layer].store(-1, std::memory_order_release);
   };
   const auto gradient_tile = [&](const Unit& unit, const Scratch<T>& scratch) {
@@ -260,7 +267,8 @@ void run_plan(const std::vector<Layer>& layers, const GramPlan& plan, T* slopes,
     }
     form_gradient_tile<T>(layers[unit.layer], unit.groups.start, unit.rows, unit.columns,
                           matrix_of(unit.layer, unit.groups.start),
-                          call.target(layers, unit.layer, unit.groups.start), scratch);
+                          call.target(layers[unit.layer], unit.layer, unit.groups.start, epilogue),
+                          scratch);
   };
   const auto whole = [&](size_t u, const Unit& unit, const Scratch<T>& scratch) {
     const Layer& layer = layers[unit.layer];
@@ -275,7 +283,8 @@ void run_plan(const std::vector<Layer>& layers, const GramPlan& plan, T* slopes,
         epilogue.matrix(unit.layer, g, s);
       }
       if (!plan.stages.gradient) continue;
-      const Target<T> target = call.target(layers, unit.layer, g);
+      if (plan.stages.gram && layer.groups == 1) epilogue.layer(unit.layer);
+      const Target<T> target = call.target(layer, unit.layer, g, epilogue);
       for_even_ranges(layer.width(), kEdge, [&](Range columns) {
         for_even_ranges(layer.n, kEdge, [&](Range rows) {
           form_gradient_tile<T>(layer, g, rows, columns, s, target, scratch);

@@ -17,10 +17,10 @@ struct Stored {
 
 // Calls visit(Stored<E>{}) with the stored type.
 template <class T, class Visit>
-void visit_element(Element element, const Visit& visit) {
+void visit_storage(Storage storage, const Visit& visit) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (element == Element::kHalf) return visit(Stored<Half>{});
-    if (element == Element::kBFloat16) return visit(Stored<BFloat16>{});
+    if (storage == Storage::kHalf) return visit(Stored<Half>{});
+    if (storage == Storage::kBFloat16) return visit(Stored<BFloat16>{});
   }
   visit(Stored<T>{});
 }
@@ -117,7 +117,7 @@ void pack_entries_of(const Filters& matrix, int64_t first, int64_t count, int64_
 template <class T>
 void pack_filters(const Filters& matrix, int64_t first, int64_t count, int64_t start, int64_t depth,
                   T* packed) {
-  visit_element<T>(matrix.element, [&](auto stored) {
+  visit_storage<T>(matrix.storage, [&](auto stored) {
     using E = typename decltype(stored)::Type;
     pack_filters_of<T, E>(matrix, first, count, start, depth, packed);
   });
@@ -126,7 +126,7 @@ void pack_filters(const Filters& matrix, int64_t first, int64_t count, int64_t s
 template <class T>
 void pack_entries(const Filters& matrix, int64_t first, int64_t count, int64_t start, int64_t depth,
                   T* packed) {
-  visit_element<T>(matrix.element, [&](auto stored) {
+  visit_storage<T>(matrix.storage, [&](auto stored) {
     using E = typename decltype(stored)::Type;
     pack_entries_of<T, E>(matrix, first, count, start, depth, packed);
   });
@@ -228,7 +228,7 @@ void multiply(const Product<T>& product) {
         const char* next = reinterpret_cast<const char*>(c);
         int64_t next_stride = kTileStride * sizeof(T);
         if (product.target != nullptr) {
-          const int64_t bytes = product.target->element == Element::kComputed ? sizeof(T) : 2;
+          const int64_t bytes = product.target->storage == Storage::kComputed ? sizeof(T) : 2;
           next_stride = product.target->stride * bytes;
           next = static_cast<const char*>(product.target->weight) +
                  (product.row + i + r) * next_stride + (product.column + j) * bytes;
@@ -237,7 +237,7 @@ void multiply(const Product<T>& product) {
         compute(a, b, product.b_step, product.depth, c, product.first, next, next_stride);
       }
       if (product.target != nullptr) {
-        visit_element<T>(product.target->element, [&](auto stored) {
+        visit_storage<T>(product.target->storage, [&](auto stored) {
           finish<T, typename decltype(stored)::Type>(product, i, count, j, columns);
         });
       }

@@ -19,14 +19,14 @@ constexpr int64_t kTileStride = kEdge + 16;  // of a tile's rows, which so share
 constexpr int64_t kSmall = 8;                // Gram matrices up to this size are summed in double
 
 // How a number is stored. kComputed is the type that is computed in.
-enum class Element { kComputed, kHalf, kBFloat16 };
+enum class Storage { kComputed, kHalf, kBFloat16 };
 
 // A matrix [n, k + (bias != nullptr)] of one group's filters; pruned ones are read as zeros.
 struct Filters {
   const void* weight;
   const void* bias;
   const uint8_t* pruned;  // null, or one a filter
-  Element element;
+  Storage storage;
   int64_t stride, k;
 };
 
@@ -37,7 +37,7 @@ struct Target {
   void* weight;
   void* bias;
   const uint8_t* pruned;
-  Element element;
+  Storage storage;
   int64_t stride, k;
   T factor;
   bool accumulate;

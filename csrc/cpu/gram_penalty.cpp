@@ -110,7 +110,10 @@ template <class Penalty, class T>
 class EntrywiseEpilogue {
  public:
   EntrywiseEpilogue(const std::vector<Layer>& layers, const GramPlan& plan)
-      : layers_(layers), plan_(plan), parts_(plan.units.size()) {}
+      : layers_(layers),
+        plan_(plan),
+        parts_(plan.units.size()),
+        roots_(Penalty::kRoot ? layers.size() : 0) {}
 
   void tile(size_t unit, int l, int64_t group, const GramTile<T>& tile) {
     const Layer& layer = layers_[l];
@@ -118,17 +121,29 @@ class EntrywiseEpilogue {
                                    Rows<T>(layer, group, tile.columns.start));
   }
   void matrix(int, int64_t, Symmetric<T>) {}
+  void layer(int l) {
+    if (Penalty::kRoot) roots_[l] = value(l);
+  }
+  T factor(int l, T coefficient) const {
+    return gradient_factor<T>(coefficient, Penalty::kRoot ? &roots_[l] : nullptr);
+  }
 
-  std::vector<double> sums() const {
-    std::vector<double> out(layers_.size());
-    for (size_t u = 0; u < parts_.size(); ++u) out[plan_.units[u].layer] += parts_[u];
-    return out;
+  // Adds up the parts in the order of the units, whoever they are from.
+  T value(int l) const {
+    double sum = layers_[l].offset;
+    for (size_t u = plan_.first_unit[l]; u < parts_.size(); ++u) {
+      const Unit& unit = plan_.units[u];
+      if (unit.layer != l || unit.kind == UnitKind::kGradientTile) break;
+      sum += parts_[u];
+    }
+    return static_cast<T>(Penalty::kRoot ? std::sqrt(sum) : sum);
   }
 
  private:
   const std::vector<Layer>& layers_;
   const GramPlan& plan_;
   std::vector<double> parts_;
+  std::vector<T> roots_;
 };
 
 // Keeps the diagonals, and turns each whole G into S.
@@ -152,12 +167,11 @@ class CosineEpilogue {
     parts_[l][group] = apply_to_cosines<Penalty>(g, squares_[l].data() + group * g.m);
   }
 
-  std::vector<double> sums() const {
-    std::vector<double> out;
-    for (const auto& parts : parts_) {
-      out.push_back(std::accumulate(parts.begin(), parts.end(), 0.0));
-    }
-    return out;
+  void layer(int) {}
+  T factor(int, T coefficient) const { return gradient_factor<T>(coefficient, nullptr); }
+
+  T value(int l) const {
+    return static_cast<T>(std::accumulate(parts_[l].begin(), parts_[l].end(), layers_[l].offset));
   }
 
  private:
@@ -165,7 +179,7 @@ class CosineEpilogue {
   std::vector<std::vector<double>> squares_, parts_;  // of each layer's groups
 };
 
-// Values, slopes, gradients of the layers of one plan: what its stages say.
+// Values, and slopes or gradients, of the layers of one plan.
 template <class T>
 void run_penalty(const std::vector<Layer>& layers, const GramPlan& plan, const std::string& penalty,
                  T* values, T* slopes, const GradientCall<T>& call) {
@@ -174,12 +188,7 @@ void run_penalty(const std::vector<Layer>& layers, const GramPlan& plan, const s
     std::conditional_t<Penalty::kCosines, CosineEpilogue<Penalty, T>, EntrywiseEpilogue<Penalty, T>>
         epilogue(layers, plan);
     run_plan<T>(layers, plan, slopes, call, epilogue);
-    if (!plan.stages.gram) return;
-    const std::vector<double> sums = epilogue.sums();
-    for (int l = plan.first; l < plan.last; ++l) {
-      const double sum = sums[l] + layers[l].offset;
-      values[l] = static_cast<T>(Penalty::kRoot ? std::sqrt(sum) : sum);
-    }
+    for (int l = plan.first; l < plan.last; ++l) values[l] = epilogue.value(l);
   });
 }
 
@@ -236,8 +245,8 @@ std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<T
 
 std::vector<GramPlan> plan_add(const std::vector<Layer>& layers, bool in_double,
                                const std::string& penalty) {
-  const bool apart = Penalties::takes_root(Penalties::id(penalty));
-  return plan_waves(layers, in_double ? 8 : 4, workspace_bytes(), apart);
+  const bool root = Penalties::takes_root(Penalties::id(penalty));
+  return plan_waves(layers, root, in_double ? 8 : 4, workspace_bytes());
 }
 
 // slopes: for the wave that needs the most of them.
@@ -248,18 +257,9 @@ Tensor add_penalty(const std::vector<Layer>& layers, const std::vector<GramPlan>
   Tensor values = torch::stable::new_empty(coefficients, {count});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    T *const mine = data<T>(values), *const given = data<T>(coefficients);
-    std::vector<T> of_roots;  // the coefficients for the gradients of what the roots are of
     for (const GramPlan& wave : waves) {
-      const bool apart = wave.stages.gradient && !wave.stages.gram;
-      if (apart) {
-        of_roots.resize(count);
-        for (int l = wave.first; l < wave.last; ++l) {
-          of_roots[l] = gradient_factor(given[l], mine + l) / 2;
-        }
-      }
-      run_penalty<T>(layers, wave, penalty, mine, data<T>(slopes),
-                     {&into, apart ? of_roots.data() : given, /*accumulate=*/true});
+      run_penalty<T>(layers, wave, penalty, data<T>(values), data<T>(slopes),
+                     {&into, data<T>(coefficients), /*accumulate=*/true});
     }
   };
   coefficients.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});

@@ -55,6 +55,7 @@ struct GramPlan {
   int first, last;  // its layers
   std::vector<Unit> units;
   std::vector<int> gram_tiles;  // of each layer, that its gradient waits for
+  std::vector<int> first_unit;  // of each layer's Gram tiles, or of its whole units
   std::vector<int64_t> slopes;  // of each layer in the flat buffer; -1: in the thread's scratch
   int64_t slopes_size = 0;
   double work = 0;  // multiply-adds
@@ -94,17 +95,20 @@ inline void add_gradient_tiles(const Layer& layer, int l, std::vector<Unit>& out
 }
 
 // Layers [first, last) of the list; the others get no units. With both stages, the slopes are
-// nobody else's: they lie as close as they can.
-inline GramPlan plan_units(const std::vector<Layer>& layers, Stages stages, int first, int last) {
-  GramPlan plan{stages, first, last, {}, {}, {}};
+// nobody else's: they lie as close as they can. A layer is whole only where its gradients need no
+// more than their own group's penalty (`root`: they need the layer's).
+inline GramPlan plan_units(const std::vector<Layer>& layers, Stages stages, bool root, int first,
+                           int last) {
+  GramPlan plan{stages, first, last, {}, {}, {}, {}};
   plan.gram_tiles.assign(layers.size(), 0);
+  plan.first_unit.assign(layers.size(), 0);
   const auto work = [&](int l) {
     return stages.gram * gram_work(layers[l]) + stages.gradient * gradient_work(layers[l]);
   };
   for (const Layer& layer : layers) plan.slopes.push_back(layer.slopes);
   std::vector<int> tiled, whole;
   for (int l = first; l < last; ++l) {
-    const bool small = layers[l].m() <= kWholeEdge &&
+    const bool small = layers[l].m() <= kWholeEdge && !(root && layers[l].groups > 1) &&
                        work(l) <= kWholeWork * static_cast<double>(layers[l].groups);
     (small ? whole : tiled).push_back(l);
     plan.work += work(l);
@@ -121,6 +125,7 @@ inline GramPlan plan_units(const std::vector<Layer>& layers, Stages stages, int 
   for (size_t i = 0; i <= tiled.size(); ++i) {
     if (stages.gram && i < tiled.size()) {
       const size_t before = plan.units.size();
+      plan.first_unit[tiled[i]] = static_cast<int>(before);
       add_gram_tiles(layers[tiled[i]], tiled[i], plan.units);
       plan.gram_tiles[tiled[i]] = static_cast<int>(plan.units.size() - before);
     }
@@ -130,6 +135,7 @@ inline GramPlan plan_units(const std::vector<Layer>& layers, Stages stages, int 
   for (const int l : whole) {
     const double each = work(l) / std::max<int64_t>(layers[l].groups, 1);
     const int64_t together = static_cast<int64_t>(kGroupedWork / std::max(each, 100.0)) + 1;
+    plan.first_unit[l] = static_cast<int>(plan.units.size());
     for (int64_t group = 0; group < layers[l].groups; group += together) {
       const int64_t count = std::min(together, layers[l].groups - group);
       plan.units.push_back({UnitKind::kWhole, l, {group, count}, {}, {}});
@@ -139,30 +145,18 @@ inline GramPlan plan_units(const std::vector<Layer>& layers, Stages stages, int 
 }
 
 inline GramPlan plan_all(const std::vector<Layer>& layers, Stages stages) {
-  return plan_units(layers, stages, 0, static_cast<int>(layers.size()));
+  return plan_units(layers, stages, /*root=*/false, 0, static_cast<int>(layers.size()));
 }
 
-// Value and gradient, in waves of layers whose slopes fit into `most` bytes together. apart: the
-// gradients of a wave need its values, and have a plan of their own.
-inline std::vector<GramPlan> plan_waves(const std::vector<Layer>& layers, int64_t element,
-                                        int64_t most, bool apart) {
+// Value and gradient, in waves of layers whose slopes fit into `most` bytes together.
+inline std::vector<GramPlan> plan_waves(const std::vector<Layer>& layers, bool root,
+                                        int64_t element, int64_t most) {
   std::vector<Shape> shapes;
   for (const Layer& l : layers) shapes.push_back({l.groups, l.n, l.width(), l.columns});
   const std::vector<int> starts = waves(shapes, element, most);
   std::vector<GramPlan> out;
   for (size_t w = 0; w + 1 < starts.size(); ++w) {
-    const int first = starts[w], last = starts[w + 1];
-    if (!apart) {
-      out.push_back(plan_units(layers, {true, true}, first, last));
-      continue;
-    }
-    for (const Stages stages : {Stages{true, false}, Stages{false, true}}) {
-      GramPlan& plan = out.emplace_back(plan_units(layers, stages, first, last));
-      for (int l = first; l < last; ++l) {
-        plan.slopes[l] -= layers[first].slopes;
-        plan.slopes_size += layers[l].groups * plan.matrix_size(layers[l].m());
-      }
-    }
+    out.push_back(plan_units(layers, {true, true}, root, starts[w], starts[w + 1]));
   }
   return out;
 }

@@ -1,11 +1,8 @@
-// Layers as matrices of the computing precision: in place where they are that already, else a copy
-// that is converted, has the bias appended and the pruned filters zeroed.
+// The element types behind torch's.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
-
-#include <vector>
 
 #include "../common/layers.h"
 #include "parallel.h"

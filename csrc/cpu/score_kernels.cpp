@@ -349,8 +349,8 @@ void sums(const ScoreBlock& block) {
 
 }  // namespace
 
-extern const ScoreKernel score_kernels[kScoreElements] = {&sums<float>, &sums<double>, &sums<Half>,
-                                                          &sums<BFloat16>};
+extern const ScoreKernel score_kernels[kElements] = {&sums<float>, &sums<double>, &sums<Half>,
+                                                     &sums<BFloat16>};
 
 }  // namespace ORTHOREG_CPU_LEVEL
 }  // namespace orthoreg::cpu

@@ -10,8 +10,8 @@ namespace orthoreg::cpu {
 // accumulated squares F of the gradients.
 enum Statistic { kAbsW, kSquareW, kAbsWg, kWg, kSquareWg, kSquareWFisher, kStatistics };
 
-enum class ScoreElement { kFloat, kDouble, kHalf, kBFloat16 };
-constexpr int kScoreElements = 4;
+enum class Element { kFloat, kDouble, kHalf, kBFloat16 };
+constexpr int kElements = 4;
 
 constexpr int64_t kScoreLanes = 16;                // column sums are padded to a multiple of this
 constexpr int64_t kRowScratch = 16 * kStatistics;  // doubles of scratch memory for each row
@@ -30,7 +30,7 @@ struct ScoreBlock {
 
 using ScoreKernel = void (*)(const ScoreBlock&);
 
-// The kernels for the instruction set that level() names, one for each ScoreElement.
-ScoreKernel score_kernel(ScoreElement element);
+// The kernels for the chosen instruction set, one for each Element.
+ScoreKernel score_kernel(Element element);
 
 }  // namespace orthoreg::cpu
