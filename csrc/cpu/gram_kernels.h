@@ -14,7 +14,7 @@ namespace orthoreg::cpu {
 // Inner entries that are packed at once, at most: few enough that what a block reads of both
 // operands stays in the first cache, and that float32 sums stay short and so exact.
 constexpr int64_t kPackDepth = 96;
-constexpr int64_t kEdge = 256;  // rows and columns of a tile, at most; a multiple of every `lanes`
+constexpr int64_t kEdge = 128;  // rows and columns of a tile, at most; a multiple of every `lanes`
 constexpr int64_t kTileStride = kEdge + 16;  // of a tile's rows, which so share no cache sets
 constexpr int64_t kSmall = 8;                // Gram matrices up to this size are summed in double
 
