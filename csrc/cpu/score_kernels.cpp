@@ -19,18 +19,11 @@
 // keep the copy of the widest instruction set for everybody.
 #include "score_kernels.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "score_vectors.h"
 
 #if defined(__AVX512F__)
-#define ORTHOREG_VECTOR_BYTES 64
 #define ORTHOREG_SCORE_ROWS 4
-#elif defined(__AVX2__)
-#define ORTHOREG_VECTOR_BYTES 32
-#define ORTHOREG_SCORE_ROWS 2
 #else
-#define ORTHOREG_VECTOR_BYTES 16
 #define ORTHOREG_SCORE_ROWS 2
 #endif
 
@@ -45,8 +38,6 @@ constexpr int64_t kStrip = 512;        // columns of one tile
 constexpr int64_t kRun = 8;            // additions in float that make a run
 constexpr int64_t kRuns = 8;           // runs added in float, before their sum is added in double
 constexpr int64_t kAheadBytes = 1024;  // how far a single row is prefetched
-
-#include "score_vectors.h"
 
 // What is summed: of w alone, with its gradients, with the accumulated squares of these.
 template <bool Grad, bool Fisher, bool Columns>

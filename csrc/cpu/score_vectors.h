@@ -1,23 +1,19 @@
-// Vectors of numbers in one instruction set, and how entries of every type are read into them: a
-// part of score_kernels.cpp, included in the namespace of its level.
+// Numbers of the filter scores in one instruction set: how entries of every type are read, and
+// their parts in double. Only for score_kernels.cpp; the rules of vectors.h hold here, too.
+#pragma once
 
-constexpr int kWideLanes = ORTHOREG_VECTOR_BYTES / sizeof(double);
-typedef double Wide __attribute__((vector_size(ORTHOREG_VECTOR_BYTES), aligned(8)));
+#include "vectors.h"
 
-typedef float Floats __attribute__((vector_size(ORTHOREG_VECTOR_BYTES), aligned(4)));
-typedef uint32_t Bits32 __attribute__((vector_size(ORTHOREG_VECTOR_BYTES), aligned(4)));
-typedef uint64_t Bits64 __attribute__((vector_size(ORTHOREG_VECTOR_BYTES), aligned(8)));
-typedef float HalfFloats __attribute__((vector_size(ORTHOREG_VECTOR_BYTES / 2), aligned(4)));
-typedef uint16_t Bits16 __attribute__((vector_size(ORTHOREG_VECTOR_BYTES / 2), aligned(2)));
+namespace orthoreg::cpu {
+namespace ORTHOREG_CPU_LEVEL {
+namespace {
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
+constexpr int kWideLanes = kLanes<double>;
+using Wide = Vector<double>;
+using WideWords = Vector<uint64_t>;
+using HalfFloats = Vector<float, kWideLanes>;
 
-// Conversions of a vector, which compilers do in pieces if left to them. (The masked forms are
+// Conversions to double, which compilers do in pieces if left to them. (The masked forms are
 // those whose headers compile without warnings.)
 #if defined(__AVX512F__)
 Wide widen(HalfFloats x) {
@@ -31,13 +27,6 @@ HalfFloats high(Floats x) {
   return reinterpret_cast<HalfFloats>(
       _mm512_maskz_extractf32x8_ps(0xff, reinterpret_cast<__m512>(x), 1));
 }
-Bits32 widen(Bits16 x) {
-  return reinterpret_cast<Bits32>(
-      _mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(x)));
-}
-Floats from_half(Bits16 x) {
-  return reinterpret_cast<Floats>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(x)));
-}
 #elif defined(__AVX2__)
 Wide widen(HalfFloats x) {
   return reinterpret_cast<Wide>(_mm256_cvtps_pd(reinterpret_cast<__m128>(x)));
@@ -47,12 +36,6 @@ HalfFloats low(Floats x) {
 }
 HalfFloats high(Floats x) {
   return reinterpret_cast<HalfFloats>(_mm256_extractf128_ps(reinterpret_cast<__m256>(x), 1));
-}
-Bits32 widen(Bits16 x) {
-  return reinterpret_cast<Bits32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
-}
-Floats from_half(Bits16 x) {
-  return reinterpret_cast<Floats>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(x)));
 }
 #else
 Wide widen(HalfFloats x) { return __builtin_convertvector(x, Wide); }
@@ -66,18 +49,6 @@ HalfFloats high(Floats x) {
   __builtin_memcpy(&half, reinterpret_cast<const char*>(&x) + sizeof(half), sizeof(half));
   return half;
 }
-Bits32 widen(Bits16 x) { return __builtin_convertvector(x, Bits32); }
-Floats from_half(Bits16 x) {
-  typedef int32_t Signed __attribute__((vector_size(ORTHOREG_VECTOR_BYTES)));
-  const Bits32 half = widen(x), exponent = half & 0x7c00u, fraction = half & 0x3ffu;
-  const Floats small =
-      __builtin_convertvector(reinterpret_cast<Signed>(fraction), Floats) * 0x1p-24f;
-  const Bits32 normal = ((half & 0x7fffu) << 13) + (112u << 23);
-  const Bits32 endless = 0x7f800000u | (fraction << 13);  // infinity, or not a number
-  Bits32 magnitude = exponent == 0u ? reinterpret_cast<Bits32>(small) : normal;
-  magnitude = exponent == 0x7c00u ? endless : magnitude;
-  return reinterpret_cast<Floats>(magnitude | ((half & 0x8000u) << 16));
-}
 #endif
 
 // Computing in T: V holds kLanes numbers, in double they are kParts vectors.
@@ -86,10 +57,10 @@ struct Vectors;
 
 template <>
 struct Vectors<float> {
-  static constexpr int kLanes = ORTHOREG_VECTOR_BYTES / 4, kParts = 2;
+  static constexpr int kLanes = cpu::ORTHOREG_CPU_LEVEL::kLanes<float>, kParts = 2;
   typedef Floats V;
 
-  static V abs(V x) { return reinterpret_cast<V>(reinterpret_cast<Bits32>(x) & 0x7fffffffu); }
+  static V abs(V x) { return reinterpret_cast<V>(reinterpret_cast<Words>(x) & 0x7fffffffu); }
   static Wide part(V x, int i) { return widen(i == 0 ? low(x) : high(x)); }
 };
 
@@ -99,7 +70,7 @@ struct Vectors<double> {
   typedef Wide V;
 
   static V abs(V x) {
-    return reinterpret_cast<V>(reinterpret_cast<Bits64>(x) & 0x7fffffffffffffffu);
+    return reinterpret_cast<V>(reinterpret_cast<WideWords>(x) & 0x7fffffffffffffffu);
   }
   static Wide part(V x, int) { return x; }
 };
@@ -112,7 +83,7 @@ struct Read;
 template <>
 struct Read<float> {
   using T = float;
-  static Floats vector(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+  static Floats vector(const float* p) { return load(p); }
   static Wide part(const float* p, int i) {
     return widen(*reinterpret_cast<const HalfFloats*>(p + i * kWideLanes));
   }
@@ -124,14 +95,14 @@ struct Read<float> {
 template <>
 struct Read<double> {
   using T = double;
-  static Wide vector(const double* p) { return *reinterpret_cast<const Wide*>(p); }
+  static Wide vector(const double* p) { return load(p); }
   static Wide product(const double*, const double*, Wide y, int) { return y; }
 };
 
 template <>
 struct Read<Half> {
   using T = float;
-  static Floats vector(const Half* p) { return from_half(*reinterpret_cast<const Bits16*>(p)); }
+  static Floats vector(const Half* p) { return load(p); }
   static Wide product(const Half*, const Half*, Floats y, int i) {
     return Vectors<float>::part(y, i);
   }
@@ -140,10 +111,12 @@ struct Read<Half> {
 template <>
 struct Read<BFloat16> {
   using T = float;
-  static Floats vector(const BFloat16* p) {
-    return reinterpret_cast<Floats>(widen(*reinterpret_cast<const Bits16*>(p)) << 16);
-  }
+  static Floats vector(const BFloat16* p) { return load(p); }
   static Wide product(const BFloat16*, const BFloat16*, Floats y, int i) {
     return Vectors<float>::part(y, i);
   }
 };
+
+}  // namespace
+}  // namespace ORTHOREG_CPU_LEVEL
+}  // namespace orthoreg::cpu
