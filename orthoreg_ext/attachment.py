@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .arguments import by_precision, check_layers, choose_sides
+from .arguments import by_precision, check_layers
 from .backend import namespace_for
 from .in_place import PreparedPenalty, is_capturing, written_in_place
 from .penalties import get_penalty
 from .plan import Plan, Term
 from .precision import selected as selected_precision
+from .sides import choose_sides
 
 
 class Attachment:

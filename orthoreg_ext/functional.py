@@ -17,19 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, reference
-from .arguments import (
-    SIDES,
-    Layers,
-    Sides,
-    by_precision,
-    check_coefficients,
-    check_layers,
-    check_pruned,
-    check_targets,
-    choose_sides,
-    count_pruned,
-    scale_of,
-)
+from .arguments import Layers, by_precision, check_coefficients, check_layers, scale_of
 from .backend import namespace_for
 from .errors import choose
 from .in_place import add_in_place, written_in_place
@@ -39,6 +27,7 @@ from .precision import selected as selected_precision
 from .scores import accumulate_fisher_ as accumulate_fisher_
 from .scores import filter_scores as filter_scores
 from .scores import group_scores as group_scores
+from .sides import SIDES, Sides, check_pruned, check_targets, choose_sides, count_pruned
 
 
 def _gather(parts: list[Tensor], indices: list[list[int]]) -> Tensor:  # [L]
@@ -182,8 +171,8 @@ def gram_penalty(
         pruned: filters to leave out of each Gram matrix, so that an orthonormal target does not
             regrow them; they get no gradient. For ``tpp`` those to be decorrelated from all others.
             A bool mask on the weights' device avoids a copy.
-        targets: of ``orthoreg`` and ``so``: the squared norm that each filter is driven to, 1 where
-            not given; one number for a layer, or one for each of its filters.
+        targets: of ``orthoreg``, ``so`` and ``frobenius``: the squared norm that each filter is
+            driven to, 1 where not given; one number for a layer, or one for each of its filters.
         biases: one more column of each filter matrix, as OrthoReg's released VGG code does.
         groups: the filter matrices in each weight, 1 where not given.
 

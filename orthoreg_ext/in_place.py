@@ -10,9 +10,10 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from .arguments import Layers, Sides
+from .arguments import Layers
 from .penalties import Penalty
 from .reference import compute_dtype
+from .sides import Sides
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .arguments import SIDES
 from .attachment import Attachment, PreparedTerms, parameters_of
 from .diagnostics import LayerReport, Report, mean_correlation
 from .errors import choose
@@ -25,6 +24,7 @@ from .plan import (
     Selector,
     is_factor,
 )
+from .sides import SIDES
 
 
 class OrthoRegularizer:

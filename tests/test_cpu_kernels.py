@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,17 @@ def test_nan_and_inf_spread_and_pruned_ones_do_not(side: str) -> None:
     value = F.add_gram_penalty_grad_([leaf], "so", strength=1.0, side=side)
     assert value.isnan().all()
     assert leaf.grad[7].isnan().all()
+
+
+def test_calls_from_several_python_threads_at_once() -> None:
+    torch.set_num_threads(2)
+    shapes = [(300, 290, 1), (64, 289, 1), (130, 257, 1)]
+
+    def compute(seed: int) -> list[Tensor]:
+        return run(draw(shapes, torch.float32, seed), "frobenius", None)
+
+    want = [compute(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, expected in zip(pool.map(compute, range(4)), want, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,7 @@ def test_every_instruction_set_agrees_with_float64(level: str) -> None:
     code = "import json, tests.test_cpu_scores as t; print(json.dumps(t.errors_here()))"
     done = subprocess.run(
         [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
         env={**os.environ, "ORTHOREG_EXT_CPU": level, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

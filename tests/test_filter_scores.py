@@ -101,6 +101,8 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PIECES = {  # shape, groups: every way to cut a layer into pieces, and its edges
     "several row and column blocks": ((300, 33, 3, 3), 1),
     "one long filter": ((1, 5000), 1),
+    "input channels without entries": ((4, 9, 0), 1),
+    "groups without filters": ((0, 9), 1),
     "few long filters": ((3, 1024), 1),
     "many short filters": ((1500, 3), 1),
     "one entry a filter": ((700, 1), 1),

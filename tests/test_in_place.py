@@ -223,8 +223,9 @@ def test_unknown_names_are_refused_when_preparing(prepared: Prepared) -> None:
     plain = (prepared.weights, prepared.biases, [], [], [1, 1], [0, 0], [0.0, 0.0])
     with pytest.raises(RuntimeError, match="no precision is named 'fp8'"):
         prepared.ops.prepare_gram_penalty(*plain, "so", "fp8")
-    with pytest.raises(RuntimeError, match="no compiled penalty is named 'sow'"):
-        prepared.ops.prepare_gram_penalty(*plain, "sow", "ieee")
+    for name in ("sow", ""):
+        with pytest.raises(RuntimeError, match=f"no compiled penalty is named '{name}'"):
+            prepared.ops.prepare_gram_penalty(*plain, name, "ieee")
 
 
 def test_opcheck_of_the_prepared_operator(prepared: Prepared) -> None:

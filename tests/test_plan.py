@@ -142,11 +142,12 @@ def test_more_layers_than_a_launch_describes() -> None:
 
 
 def test_waves_hold_as_much_as_they_may() -> None:
-    shapes = [(1, 10, 20, False)] * 5 + [(2, 100, 100, True), (1, 3, 9, False)]
-    assert _host.waves(shapes, 4, 10**9) == [0, 7]
-    assert _host.waves(shapes, 4, 1) == [0, 1, 2, 3, 4, 5, 6, 7]  # one alone may exceed it
-    assert _host.waves(shapes, 4, 800) == [0, 2, 4, 5, 6, 7]
-    assert _host.waves([], 4, 10) == [0, 0]
+    sizes = [400] * 5 + [80000, 36]
+    assert _host.waves(sizes, 10**9) == [0, 7]
+    assert _host.waves(sizes, 1) == [0, 1, 2, 3, 4, 5, 6, 7]  # one alone may exceed it
+    assert _host.waves(sizes, 800) == [0, 2, 4, 5, 6, 7]
+    assert _host.waves([0, 0, 5, 0], 5) == [0, 4]
+    assert _host.waves([], 10) == [0, 0]
 
 
 def test_shapes_are_checked() -> None:

@@ -39,7 +39,9 @@ struct Layer {
 
 // What a penalty adds to the layers of a call; each list has an entry a layer or none at all.
 struct PenaltyArguments {
-  std::string penalty;  // empty for none
+  static constexpr const char* kNone = "(none)";
+
+  std::string penalty = kNone;
   std::vector<double> offsets = {};
   std::vector<Tensor> pruned = {};   // bool [groups * n] each, or empty
   std::vector<Tensor> targets = {};  // [groups * n] each in the computing precision, or empty
@@ -106,7 +108,7 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
   const size_t count = weights.size();
   const std::vector<Tensor>&pruned = of.pruned, &targets = of.targets;
   const std::vector<double>& offsets = of.offsets;
-  STD_TORCH_CHECK(of.penalty.empty() || Penalties::id(of.penalty) >= 0,
+  STD_TORCH_CHECK(of.penalty == of.kNone || Penalties::id(of.penalty) >= 0,
                   "no compiled penalty is named '", of.penalty, "'");
   const bool marks = Penalties::marks(of.penalty);
   STD_TORCH_CHECK(count > 0, "an operator needs at least one weight");

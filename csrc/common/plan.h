@@ -43,6 +43,9 @@ struct Shape {
 
 constexpr int64_t divide_up(int64_t size, int64_t by) { return (size + by - 1) / by; }
 
+// The rows of S are whole 16 bytes of float.
+constexpr int64_t padded(int64_t row) { return divide_up(row, 4) * 4; }
+
 // The blocks' work on one layer of a launch: `units` units from first_unit on. Of a Gram matrix,
 // tile after tile of the lower triangle of each group, each in `slices` runs of slice_length inner
 // entries; of a gradient, tile after tile.
@@ -267,20 +270,19 @@ inline bool plan_fused(const std::vector<Shape>& shapes, int tile_of_all, Plan& 
   return out.fused = true;
 }
 
-// Runs of layers whose Gram matrices fit into `most` bytes together (one layer alone may exceed
-// it), as first layers and the number of layers at the end.
-inline std::vector<int> waves(const std::vector<Shape>& shapes, int64_t element, int64_t most) {
+// Runs of layers whose Gram matrices, of so many bytes each, fit into `most` bytes together (one
+// layer alone may exceed it), as first layers and the number of layers at the end.
+inline std::vector<int> waves(const std::vector<int64_t>& bytes, int64_t most) {
   std::vector<int> out{0};
-  int64_t bytes = 0;
-  for (int i = 0; i < static_cast<int>(shapes.size()); ++i) {
-    const int64_t mine = shapes[i].groups * shapes[i].m() * shapes[i].m() * element;
-    if (bytes > 0 && bytes + mine > most) {
+  int64_t sum = 0;
+  for (int i = 0; i < static_cast<int>(bytes.size()); ++i) {
+    if (sum > 0 && sum + bytes[i] > most) {
       out.push_back(i);
-      bytes = 0;
+      sum = 0;
     }
-    bytes += mine;
+    sum += bytes[i];
   }
-  out.push_back(static_cast<int>(shapes.size()));
+  out.push_back(static_cast<int>(bytes.size()));
   return out;
 }
 

@@ -43,9 +43,11 @@ Level choose() {
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("fma"),
+           __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
        &avx512::float_gram_kernels, &avx512::double_gram_kernels, avx512::score_kernels},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
+      {"avx2",
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c"),
        &avx2::float_gram_kernels, &avx2::double_gram_kernels, avx2::score_kernels},
 #endif
       {"generic", true, &generic::float_gram_kernels, &generic::double_gram_kernels,

@@ -192,7 +192,7 @@ struct Units {
       }
       return;
     }
-    const int64_t together = most / std::max<int64_t>(layer.n, 1);
+    const int64_t together = layer.n == 0 ? layer.groups : most / layer.n;
     for (int64_t group = 0; group < layer.groups; group += together) {
       const int64_t last = std::min(group + together, layer.groups);
       push({&layer, group * layer.n, (last - group) * layer.n, true});
@@ -220,6 +220,10 @@ struct Scratch {
 
 // The sums of each input channel from those of the columns, whose memory is used up.
 void add_taps(const ScoreLayer& layer, double* columns, int64_t column_stride, Sums* inputs) {
+  if (layer.k == 0) {  // input channels without entries
+    std::fill_n(inputs, layer.inputs, Sums{});
+    return;
+  }
   const int statistics = layer.fisher ? kStatistics : layer.grad ? kSquareWg + 1 : kSquareW + 1;
   for (int s = 0; s < statistics; ++s) {
     double* column = columns + s * column_stride;

@@ -41,7 +41,8 @@ struct Scratch {
 
   static Scratch of_this_thread() {
     constexpr int64_t kEntries = 2 * kPacked + kTile + kWholeSlopes;
-    static thread_local const AlignedMemory memory((kEntries + 2 * kEdge) * sizeof(double));
+    static thread_local const AlignedMemory memory(kEntries * sizeof(T) +
+                                                   2 * kEdge * sizeof(double));
     T* const start = reinterpret_cast<T*>(memory.start);
     double* const exact = reinterpret_cast<double*>(start + kEntries);
     T* const tile = start + 2 * kPacked;
@@ -262,8 +263,12 @@ void run_plan(const std::vector<Layer>& layers, const GramPlan& plan, T* slopes,
   };
   const auto gradient_tile = [&](const Unit& unit, const Scratch<T>& scratch) {
     // whoever has a tile of that matrix took it before this unit was taken, and is working on it
-    for (int spins = 0; tiles_left[unit.layer].load(std::memory_order_acquire) != -1; ++spins) {
-      if (spins > 1000) std::this_thread::yield();
+    for (int spins = 0; tiles_left[unit.layer].load(std::memory_order_acquire) != -1;) {
+      if (spins < 1000) {
+        ++spins;
+      } else {
+        std::this_thread::yield();
+      }
     }
     form_gradient_tile<T>(layers[unit.layer], unit.groups.start, unit.rows, unit.columns,
                           matrix_of(unit.layer, unit.groups.start),

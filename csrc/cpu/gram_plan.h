@@ -17,7 +17,8 @@
 
 namespace orthoreg::cpu {
 
-constexpr int64_t kWholeEdge = 128;   // of the largest matrix that is no more than one unit
+constexpr int64_t kWholeEdge = 128;  // of the largest matrix that is no more than one unit
+static_assert(kWholeEdge <= kEdge, "a thread's memory holds one tile");
 constexpr double kWholeWork = 8e6;    // multiply-adds of such a unit
 constexpr double kGroupedWork = 1e5;  // groups are put together until there are so many
 constexpr int64_t kWholeSlopes = kWholeEdge * kWholeEdge;
@@ -151,9 +152,13 @@ inline GramPlan plan_all(const std::vector<Layer>& layers, Stages stages) {
 // Value and gradient, in waves of layers whose slopes fit into `most` bytes together.
 inline std::vector<GramPlan> plan_waves(const std::vector<Layer>& layers, bool root,
                                         int64_t element, int64_t most) {
-  std::vector<Shape> shapes;
-  for (const Layer& l : layers) shapes.push_back({l.groups, l.n, l.width(), l.columns});
-  const std::vector<int> starts = waves(shapes, element, most);
+  const GramPlan all = plan_units(layers, {true, true}, root, 0, static_cast<int>(layers.size()));
+  std::vector<int64_t> bytes;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const int64_t kept = all.slopes[l] < 0 ? 0 : layers[l].groups * all.matrix_size(layers[l].m());
+    bytes.push_back(kept * element);
+  }
+  const std::vector<int> starts = waves(bytes, most);
   std::vector<GramPlan> out;
   for (size_t w = 0; w + 1 < starts.size(); ++w) {
     out.push_back(plan_units(layers, {true, true}, root, starts[w], starts[w + 1]));

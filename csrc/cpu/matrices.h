@@ -24,7 +24,4 @@ void visit_type(ScalarType type, const Visit& visit) {
   }
 }
 
-template <class T>
-constexpr ScalarType kScalarType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-
 }  // namespace orthoreg::cpu

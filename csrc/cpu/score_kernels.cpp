@@ -34,9 +34,11 @@ namespace ORTHOREG_CPU_LEVEL {
 namespace {
 
 constexpr int kRows = ORTHOREG_SCORE_ROWS;
-constexpr int64_t kStrip = 512;        // columns of one tile
-constexpr int64_t kRun = 8;            // additions in float that make a run
-constexpr int64_t kRuns = 8;           // runs added in float, before their sum is added in double
+constexpr int64_t kRun = 8;   // additions in float that make a run
+constexpr int64_t kRuns = 8;  // runs added in float, before their sum is added in double
+constexpr int64_t kStrip =
+    64 * kLanes<float> < 512 ? 64 * kLanes<float> : 512;  // columns of a tile
+static_assert(kStrip <= kRun * kRuns * kLanes<float>, "");
 constexpr int64_t kAheadBytes = 1024;  // how far a single row is prefetched
 
 // What is summed: of w alone, with its gradients, with the accumulated squares of these.
@@ -294,7 +296,10 @@ void add_strip(const ScoreBlock& block, int64_t j, RowTotals<typename Read<E>::T
 template <class E, class Mode>
 void sums_of(const ScoreBlock& block) {
   using T = typename Read<E>::T;
-  constexpr int64_t kLong = kRuns * kRun * Vectors<T>::kLanes;  // columns that `runs` may hold
+  // the columns that `runs` may hold; in double it may be more
+  constexpr int64_t kMost = kRuns * kRun * Vectors<T>::kLanes;
+  constexpr int64_t kLong = kMost > kStrip ? kMost : kStrip;
+  static_assert(kLong % kStrip == 0, "");
   static_assert(sizeof(RowTotals<T>) <= kRowScratch * sizeof(double), "");
   if constexpr (Mode::kColumns) {
     RowTotals<T>* totals = reinterpret_cast<RowTotals<T>*>(block.scratch);

@@ -86,7 +86,11 @@ AddPlan plan_add(const std::vector<Layer>& layers, bool in_double, const std::st
   out.precision.gram = in_double ? Product::kSimt : usable(out.precision.gram);
   out.precision.gradient = in_double ? Product::kSimt : usable(out.precision.gradient);
   const std::vector<Shape> all = shapes(layers);
-  const std::vector<int> starts = waves(all, in_double ? 8 : 4, workspace_bytes());
+  std::vector<int64_t> bytes;
+  for (const Shape& s : all) {
+    bytes.push_back(s.groups * s.m() * padded(s.m()) * (in_double ? 8 : 4));
+  }
+  const std::vector<int> starts = waves(bytes, workspace_bytes());
   for (size_t w = 0; w + 1 < starts.size(); ++w) {
     Wave wave{starts[w], starts[w + 1], {}, {}, {}};
     const std::vector<Shape> mine(all.begin() + wave.first, all.begin() + wave.last);
@@ -96,8 +100,8 @@ AddPlan plan_add(const std::vector<Layer>& layers, bool in_double, const std::st
       if (Penalties::takes_cosines(out.penalty)) plan_cosines(mine, wave.plan);
       plan_gradient(mine, tile_of_all(out.precision.gradient), wave.plan);
     }
-    for (const Shape& s : mine) {  // rows of whole 16 bytes
-      const int64_t stride = divide_up(s.m(), 4) * 4;
+    for (const Shape& s : mine) {
+      const int64_t stride = padded(s.m());
       wave.slopes.push_back(wave.slopes_size);
       wave.slope_stride.push_back(static_cast<int32_t>(stride));
       wave.slopes_size += s.groups * s.m() * stride;

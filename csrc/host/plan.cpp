@@ -48,14 +48,6 @@ py::dict build_plan(const std::vector<ShapeTuple>& shapes, int tile, bool fused)
                   py::arg("slab_entries") = plan.slab_entries);
 }
 
-std::vector<int> waves(const std::vector<ShapeTuple>& shapes, int64_t element, int64_t most) {
-  std::vector<orthoreg::Shape> layers;
-  for (const auto& [groups, n, width, columns] : shapes) {
-    layers.push_back({groups, n, width, columns});
-  }
-  return orthoreg::waves(layers, element, most);
-}
-
 }  // namespace
 
 void bind_plan(py::module_& m) {
@@ -64,7 +56,7 @@ void bind_plan(py::module_& m) {
         "The launches for layers of shape (groups, n, width, columns); tile: of all layers, 0 for "
         "the "
         "best of each; fused: as for value and gradient in one call.");
-  m.def("waves", &waves, py::arg("shapes"), py::arg("element"), py::arg("most"),
-        "The first layers of the waves whose Gram matrices fit into `most` bytes, and the number "
-        "of layers.");
+  m.def("waves", &orthoreg::waves, py::arg("bytes"), py::arg("most"),
+        "The first layers of the waves whose Gram matrices, of so many bytes each, fit into `most` "
+        "bytes, and the number of layers.");
 }
