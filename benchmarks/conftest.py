@@ -73,7 +73,10 @@ def device(pytestconfig: pytest.Config) -> str:
 @pytest.fixture(scope="session")
 def recorder(request: pytest.FixtureRequest, device: str) -> Recorder:
     config = request.config
-    seconds = config.getoption("--budget") or (2700.0 if config.getoption("--full") else 200.0)
+    asked = config.getoption("--budget")
+    seconds = (2700.0 if config.getoption("--full") else 200.0) if asked is None else asked
+    if not 0 < seconds < float("inf"):
+        raise pytest.UsageError(f"--budget is {seconds}, expected a positive number of seconds")
     stem, count = config.getoption("--records"), len(request.session.items)
     limits = ceilings.measured(device, min(2.0, seconds / 20))
     recorder = Recorder(describe(device), stem, count, seconds)

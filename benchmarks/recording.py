@@ -27,6 +27,8 @@ class Recorder:
         self._stem, self._cases = stem, cases
         self._stop = time.monotonic() + seconds
         stem.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".json", ".txt"):  # nobody shall take those of another run for this one's
+            stem.with_suffix(suffix).unlink(missing_ok=True)
 
     def share(self) -> float | None:
         """Seconds for the next case; None where none are left."""
@@ -50,5 +52,7 @@ class Recorder:
         self._write()
 
     def _write(self) -> None:
-        self._stem.with_suffix(".json").write_text(json.dumps(self.record, indent=1) + "\n")
+        half = self._stem.with_suffix(".part")
+        half.write_text(json.dumps(self.record, indent=1) + "\n")
+        half.replace(self._stem.with_suffix(".json"))
         self._stem.with_suffix(".txt").write_text(all_tables(self.record))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,10 @@ def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write(results: dict[str, Any], folder: Path) -> list[Path]:
     """Writes results.json, tables.txt and the figures into the folder of the machine."""
-    own = folder / results["machine"]["slug"]
+    slug = results["machine"]["slug"]
+    if not re.fullmatch("[a-z0-9][a-z0-9-]*", slug):
+        raise ValueError(f"the machine's slug is {slug!r}, expected lower-case words and digits")
+    own = folder / slug
     own.mkdir(parents=True, exist_ok=True)
     (own / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (own / "tables.txt").write_text(all_tables(results))
@@ -62,8 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = joined([json.loads(path.read_text()) for path in options.records])
         written = write(results, options.out)
-    except (OSError, ValueError, KeyError) as error:
-        print(f"report: error: {type(error).__name__}: {error}", file=sys.stderr)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = ", ".join(str(path) for path in options.records)
+        print(
+            f"report: error: {names}: no records of a benchmark: {type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
         return 2
     print(summaries(results))
     print("\nwritten: " + " ".join(str(path) for path in written))

@@ -114,7 +114,7 @@ def bench(
             f"--penalty {penalty!r} is about filters to prune, of which a model has none; choose "
             "another penalty"
         )
-    if not seconds > 0:
+    if not 0 < seconds < float("inf"):
         raise ValueError(f"--seconds is {seconds}; expected a positive number")
     from .experiment.settings import why_no_gpu
 

@@ -133,9 +133,9 @@ def _take(rows: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
     return taken if any(of.numel() for of in taken) else []
 
 
-def _given(rows: list[Tensor], indices: Sequence[int]) -> list[Tensor | None] | None:
+def _given(rows: list[Tensor], indices: Sequence[int]) -> list[Tensor | None]:
     """The masks or targets of some of the layers, as an argument."""
-    return [rows[i] if rows[i].numel() else None for i in indices] if rows else None
+    return [rows[i] if rows and rows[i].numel() else None for i in indices]
 
 
 def gram_penalty(
@@ -154,7 +154,8 @@ def gram_penalty(
     With R = G - I for the Gram matrix G = W W^T (rows) or W^T W (cols), ``orthoreg`` is
     sum |R_ij| (Lubana et al., arXiv 2009.05014, as released: entrywise, not squared, not
     Frobenius), ``so`` is sum R_ij^2, ``frobenius`` its root, ``offdiag`` is sum of G_ij^2 over
-    i != j, ``cosine`` the same of G_ij / sqrt(G_ii G_jj), to which rows of zeros add nothing, and
+    i != j, ``cosine`` the same of G_ij / sqrt(G_ii G_jj), to which rows of zeros add nothing (nor
+    do those whose squared norm is below the normal numbers, 1e-38 for all but float64), and
     ``tpp`` is sum of G_ij^2 over all pairs of which one filter is in `pruned` (Wang and Fu, arXiv
     2207.12534, who divide by n^2).
     The sub-gradient of |.| at 0 is 0.

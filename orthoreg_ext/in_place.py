@@ -83,6 +83,8 @@ def add_in_place(
             penalty.name,
             precision,
         )
+    if not torch.compiler.is_compiling():  # the compiler sees it in the schema
+        torch.autograd.graph.increment_version([g for g in grads if g is not None and g.numel()])
     return values
 
 

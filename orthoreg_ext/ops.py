@@ -97,7 +97,8 @@ def _gram_penalty_backward(namespace: str) -> Any:
         factors = grad_values.contiguous()
         if get_penalty(penalty).root:  # dP = d(P^2) / (2 P), and 0 where P is
             zero = values == 0
-            factors = torch.where(zero, 0, factors / (2 * values.masked_fill(zero, 1)))
+            factors = factors / (2 * values.masked_fill(zero, 1)) + (values - values)  # NaN of inf
+            factors = factors.masked_fill(zero, 0)
         grads = grad_op(*tensors, slopes, factors, groups, columns, penalty, precision)
         return *_split(grads, len(groups))[:2], *none[2:], None, None, None, None, None
 

@@ -91,11 +91,15 @@ class Rows:
 
 
 def cosines_of(gram_matrix: Tensor) -> tuple[Tensor, Tensor]:  # [g, m, m] -> [g, m, m], [g, m]
-    """G_ij / sqrt(G_ii G_jj) with a zero diagonal, and 1 / sqrt(G_ii); 0 for rows of zeros."""
-    square = gram_matrix.diagonal(dim1=-2, dim2=-1)
-    zero = square == 0
+    """G_ij / sqrt(G_ii G_jj) with a zero diagonal, and 1 / sqrt(G_ii), both in float64.
+
+    0 for rows of zeros, and for those whose G_ii is no normal number in the precision of G.
+    """
+    wide = gram_matrix.double()
+    square = wide.diagonal(dim1=-2, dim2=-1)
+    zero = square < torch.finfo(gram_matrix.dtype).tiny
     inverse = torch.where(zero, 0, square.masked_fill(zero, 1).rsqrt())
-    turned = gram_matrix * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
+    turned = wide * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
     return without_diagonal(turned), inverse
 
 
@@ -112,7 +116,7 @@ def residual(
 ) -> Tensor:  # [g, m, m]
     """R: G - T, or the cosines, with zeros for the entries that do not count."""
     if penalty.cosines:
-        return cosines_of(gram_matrix)[0]
+        return cosines_of(gram_matrix)[0].to(gram_matrix.dtype)
     rest = gram_matrix
     if penalty.diagonal == "target":
         target = torch.ones_like(rest[..., 0]) if rows.targets is None else rows.targets
@@ -186,7 +190,8 @@ def slopes(
     cosine, inverse = cosines_of(matrix)
     slope = penalty.slope(cosine)
     turn = -(slope * cosine).sum(-1) * inverse.square()
-    return slope * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2)) + torch.diag_embed(turn)
+    entries = slope * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2)) + torch.diag_embed(turn)
+    return entries.to(matrix.dtype)
 
 
 def gram_penalty_grad(

@@ -308,6 +308,8 @@ def _flat_scores(
             flat = operators.accumulate_fisher_(
                 layers.weights, grads, fisher, layers.groups, dim, names
             )
+            if not torch.compiler.is_compiling():  # the compiler sees it in the schema
+                torch.autograd.graph.increment_version(list(fisher))
         return flat
 
 

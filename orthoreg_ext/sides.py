@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -99,6 +98,14 @@ def check_pruned(
             raise TypeError(
                 f"pruned[{i}] must be a bool mask [{weight.shape[0]}] or an int64 tensor of indices"
             )
+        if mask.dtype == torch.int64:
+            count = weight.shape[0]
+            outside = mask.device.type == "cpu" and bool(((mask < 0) | (mask >= count)).any())
+            if mask.dim() != 1 or outside:
+                raise ValueError(
+                    f"pruned[{i}] is {mask.tolist() if outside else tuple(mask.shape)}, expected "
+                    f"a list of indices from 0 to {count - 1}, or a bool mask [{count}]"
+                )
         mask = mask.to(weight.device)
         if mask.dtype == torch.int64:
             none = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
@@ -141,8 +148,8 @@ def check_targets(
         if target is None:
             found.append(weight.new_empty(0, dtype=wide))
         elif isinstance(target, Real):
-            if not math.isfinite(target):
-                raise ValueError(f"targets[{i}] is {target!r}, expected a finite number")
+            if not abs(target) <= torch.finfo(wide).max:
+                raise ValueError(f"targets[{i}] is {target!r}, expected a finite number of {wide}")
             found.append(weight.new_full((weight.shape[0],), float(target), dtype=wide))
         elif not isinstance(target, Tensor) or target.dtype not in DTYPES:
             raise TypeError(f"targets[{i}] must be a number or a real tensor [{weight.shape[0]}]")

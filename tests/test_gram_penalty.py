@@ -112,8 +112,59 @@ def test_what_a_penalty_cannot_take_is_refused(target: Target) -> None:
     ):
         with pytest.raises(error, match=text):
             F.gram_penalty([weight], "so", targets=wrong)
+    for indices in ([3], [-1], [[1]]):
+        with pytest.raises(ValueError, match=r"pruned\[0\] is .* indices from 0 to 2"):
+            F.gram_penalty([weight], "so", pruned=[torch.tensor(indices)])
+    with pytest.raises(ValueError, match=r"targets\[0\] is 1e\+40, expected a finite"):
+        F.gram_penalty([weight], "so", targets=[1e40])
     with pytest.raises(TypeError, match="pruned must be a sequence"):
         F.gram_penalty([weight], "so", pruned=torch.tensor([0]))
+
+
+def test_cosines_of_nearly_dead_filters(target: Target) -> None:
+    """Those whose squared norm is no normal number count as zeros; others are exact."""
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(target.device)
+    for scale, counts in ((1e-18, True), (1e-21, False), (1e-30, False)):
+        scaled = weight.clone()
+        scaled[0] *= scale
+        alone = weight if counts else weight[1:]
+        for backend in (target.name, "reference"):
+            leaf = scaled.clone().requires_grad_()
+            with ox.backend(backend):
+                value = F.gram_penalty([leaf], "cosine", side="rows")
+                (grad,) = torch.autograd.grad(value.sum(), leaf)
+                want = F.gram_penalty([alone.double()], "cosine", side="rows")
+            torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=0)
+            assert torch.isfinite(grad).all()
+            assert bool(grad[0].any()) is counts
+
+
+def test_roots_beyond_the_precision_have_no_gradient(target: Target) -> None:
+    """NaN, not 0: the step would silently do nothing."""
+    weight = (3e19 * torch.ones(2, 3)).to(target.device).requires_grad_()
+    value = F.gram_penalty([weight], "frobenius")
+    assert not torch.isfinite(value).any()
+    assert torch.autograd.grad(value.sum(), weight)[0].isnan().all()
+    F.add_gram_penalty_grad_([weight], "frobenius", strength=1)
+    assert weight.grad.isnan().all()
+
+
+def test_marks_may_be_missing_for_layers_that_take_autograd(target: Target) -> None:
+    weight = torch.randn(4, 3, device=target.device, requires_grad=True)
+    for layer in (weight, weight.t(), torch.randn(3, 4, device=target.device)):
+        value = F.add_gram_penalty_grad_([layer], "tpp", strength=1, pruned=[None])
+        assert value.tolist() == [0.0]
+    assert not weight.grad.any()
+
+
+def test_autograd_notices_what_is_written_in_place(target: Target) -> None:
+    weight = torch.randn(4, 3, device=target.device, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    factor = torch.ones_like(weight, requires_grad=True)
+    product = (weight.grad * factor).sum()
+    F.add_gram_penalty_grad_([weight], "so", strength=1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -119,8 +119,14 @@ using Penalties = PenaltyList<AbsoluteResidual, SquaredResidual, RootOfSquares, 
 template <class T>
 ORTHOREG_HOST_DEVICE T gradient_factor(T coefficient, const T* root) {
   if (root == nullptr) return 2 * coefficient;
-  return *root == 0 ? T(0) : coefficient / *root;
+  const T finite = *root - *root;  // else NaN: no gradient of an infinite value is 0
+  return *root == 0 ? T(0) : coefficient / *root + finite;
 }
+
+// Rows of a Gram matrix in T with a smaller G_ii, which is no normal number, count as zeros where
+// cosines are taken: the gradients of theirs are beyond T.
+template <class T>
+constexpr double kSmallestSquare = sizeof(T) == 8 ? 0x1p-1022 : 0x1p-126;
 
 // Calls visit(Penalty{}) for the penalty of that name; false if there is none.
 template <class Visit>

@@ -86,7 +86,9 @@ double apply(const GramTile<T>& tile, const Rows<T>& of, const Rows<T>& across) 
 template <class Penalty, class T>
 double apply_to_cosines(const Symmetric<T>& g, double* square) {
   double* const inverse = square;
-  for (int64_t i = 0; i < g.m; ++i) inverse[i] = square[i] == 0 ? 0 : 1 / std::sqrt(square[i]);
+  for (int64_t i = 0; i < g.m; ++i) {
+    inverse[i] = square[i] < kSmallestSquare<T> ? 0 : 1 / std::sqrt(square[i]);
+  }
   double value = 0;
   for (int64_t i = 0; i < g.m; ++i) {
     T* row = &g.at(i, 0);

@@ -11,8 +11,9 @@
 
 namespace orthoreg::cuda {
 
+template <class T>
 __device__ __forceinline__ double inverse_root(double square) {
-  return square == 0 ? 0 : rsqrt(square);
+  return square < kSmallestSquare<T> ? 0 : rsqrt(square);
 }
 
 // Turns row i of G into row i of S; returns its part of sum phi(C) in every lane of the warp.

@@ -140,7 +140,7 @@ __device__ __forceinline__ double finish_gram_tile(const Problem& p, const GramT
     Penalties::visit(penalty, [&](auto functor) {
       using Penalty = decltype(functor);
       if constexpr (Penalty::kCosines) {
-        if (i == j) inverse[i] = inverse_root(sum);
+        if (i == j) inverse[i] = inverse_root<Number>(sum);
       } else {
         if (i == j && Penalty::kDiagonal == Diagonal::kTarget) {
           value = static_cast<Number>(sum - (flagged(i) ? 0 : target(i)));
