@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.bench import StillOptimizer
-from orthoreg_ext.penalties import PENALTIES
 
 Call = Callable[[], Any]
 Prepare = Callable[[list[Tensor]], Call]
@@ -246,10 +245,6 @@ def _has_foreach_mm(_: str) -> str:
     return f"torch {torch.__version__} has no _foreach_mm"
 
 
-def _has_frobenius(_: str) -> str:
-    return "" if "frobenius" in PENALTIES else "the package has no penalty frobenius yet"
-
-
 REGULARISE = {
     "orthoreg_ext": Way("add_gram_penalty_grad_", _in_place("so")),
     "orthoreg_ext-attached": Way("a step after reg.attach(optimizer)", attached),
@@ -273,9 +268,7 @@ REGULARISE = {
         _in_place("orthoreg", masked=True),
         "orthoreg masked",
     ),
-    "orthoreg_ext-frobenius": Way(
-        "add_gram_penalty_grad_", _in_place("frobenius"), "frobenius", _has_frobenius
-    ),
+    "orthoreg_ext-frobenius": Way("add_gram_penalty_grad_", _in_place("frobenius"), "frobenius"),
     "orthoreg-repo": Way(
         "as released: eye on the CPU, autograd, smaller side", orthoreg_repo, "orthoreg"
     ),
