@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from ..errors import choose
-from ..penalties import PENALTIES
 from ..pruning import CRITERIA
 
 DEVICES = ("auto", "cpu", "cuda")
-STRENGTHS = {"orthoreg": 1e-2, "so": 1e-1, "offdiag": 1e-1}
+STRENGTHS = {"orthoreg": 1e-2, "so": 1e-1, "frobenius": 3e-1, "offdiag": 1e-1, "cosine": 1e-1}
 """Default strength of each penalty; chosen on the digits, see ``Settings``."""
 
 
@@ -77,7 +76,7 @@ class Settings:
             ValueError: A setting is out of its range or unknown; the text names its option.
         """
         choose("--criterion", self.criterion, CRITERIA)
-        choose("--penalty", self.penalty, PENALTIES)
+        choose("--penalty", self.penalty, STRENGTHS)
         choose("--device", self.device, DEVICES)
         for name in ("ratio", "max_layer_ratio"):
             _expect(name, getattr(self, name), 0 < getattr(self, name) < 1, "between 0 and 1")
