@@ -138,7 +138,8 @@ def orthoreg_repo(weights: list[Tensor]) -> Call:
     return call
 
 
-def _penalty(weights: Sequence[Tensor]) -> Tensor:
+def eager_penalty(weights: Sequence[Tensor]) -> Tensor:
+    """`so` as a training script writes it: on the filters' side, a layer after the other."""
     total = torch.zeros((), device=weights[0].device)
     for weight in weights:
         matrix = weight.flatten(1)
@@ -149,12 +150,12 @@ def _penalty(weights: Sequence[Tensor]) -> Tensor:
 
 def eager(weights: list[Tensor]) -> Call:
     """Autograd on the filters' side, as a training script writes it."""
-    return lambda: _penalty(weights).backward()
+    return lambda: eager_penalty(weights).backward()
 
 
 def compiled(weights: list[Tensor]) -> Call:
     """torch.compile of `eager`; gradients are returned, so that nothing is added outside."""
-    function = torch.compile(_penalty, mode="reduce-overhead", dynamic=False)
+    function = torch.compile(eager_penalty, mode="reduce-overhead", dynamic=False)
     return lambda: torch.autograd.grad(function(weights), weights)
 
 

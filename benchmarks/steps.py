@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import orthoreg_ext as ox
-from benchmarks.baselines import Call, Way
+from benchmarks.baselines import Call, Way, eager_penalty
 from benchmarks.nets import NETS
 from orthoreg_ext.bench import StillOptimizer
 
@@ -51,15 +51,6 @@ def training(model: str, device: str, batch: int = 128, side: int = 32) -> Train
     return Training(net.to(device), images, torch.randint(10, (batch,), device=device))
 
 
-def _eager(weights: list[Tensor]) -> Tensor:
-    total = torch.zeros((), device=weights[0].device)
-    for weight in weights:
-        matrix = weight.flatten(1)
-        eye = torch.eye(len(matrix), device=matrix.device)
-        total = total + (matrix @ matrix.t() - eye).square().sum()
-    return STRENGTH * total
-
-
 def _step(
     subject: Training, optimizer: torch.optim.Optimizer, term: Callable[[], Tensor] | None = None
 ) -> Call:
@@ -94,7 +85,7 @@ def _in_the_loss(subject: Training) -> Call:
 
 def _with_eager(subject: Training) -> Call:
     weights = subject.weights()
-    return _step(subject, subject.optimizer(), lambda: _eager(weights))
+    return _step(subject, subject.optimizer(), lambda: STRENGTH * eager_penalty(weights))
 
 
 def _alone(subject: Training) -> Call:
@@ -107,7 +98,7 @@ def _alone(subject: Training) -> Call:
 
 def _eager_alone(subject: Training) -> Call:
     weights = subject.weights()
-    return lambda: _eager(weights).backward()
+    return lambda: (STRENGTH * eager_penalty(weights)).backward()
 
 
 STEP = {
