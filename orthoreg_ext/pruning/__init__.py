@@ -2,7 +2,7 @@
 
 from .checkpoint import replay
 from .counts import Counts, count
-from .methods import TPP
+from .methods import TPP, GReg1, GReg2, IncReg, OrthP, Slimming, SoftFilter, orthogonalise
 from .prune import prune
 from .result import LayerWidth, PruneResult, RoundError
 from .schedule import split_ratio
@@ -13,10 +13,17 @@ __all__ = [
     "TPP",
     "Counts",
     "Criterion",
+    "GReg1",
+    "GReg2",
+    "IncReg",
     "LayerWidth",
+    "OrthP",
     "PruneResult",
     "RoundError",
+    "Slimming",
+    "SoftFilter",
     "count",
+    "orthogonalise",
     "prune",
     "replay",
     "split_ratio",

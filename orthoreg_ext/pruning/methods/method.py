@@ -22,14 +22,15 @@ class Method:
         loss.backward()
         method.before_step()    # may add to the gradients
         optimizer.step()
-        method.after_step()     # may write weights, or remove units
+        method.after_step()     # may write weights, or remove units; once an optimizer step
         ...
         method.after_epoch()
         ...
         result = method.finish()    # removes what is left to remove
 
-    and may stop when ``method.done``. A method writes these calls where it needs them, and what it
-    has to remember in :meth:`_state` and :meth:`_load`.
+    and may stop when ``method.done``. With a GradScaler, ``scaler.unscale_(optimizer)`` comes
+    before ``before_step``. A method writes these calls where it needs them, and what it has to
+    remember in :meth:`_state` and :meth:`_load`.
 
     Args:
         model: pruned in place.
@@ -128,7 +129,11 @@ class Method:
         """What a resumed run needs, ready for JSON."""
         return {
             "method": type(self).__name__,
-            "settings": {**vars(self.engine.rules), **self._settings()},
+            "settings": {
+                **vars(self.engine.rules),
+                "ignored": sorted(self.engine.ignored),
+                **self._settings(),
+            },
             "architecture": self.engine.architecture,
             "steps": self.steps,
             "epochs": self.epochs,
