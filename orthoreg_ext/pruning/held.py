@@ -95,6 +95,13 @@ class Spread:
             if parameter.requires_grad:
                 parameter.mul_(factors.to(parameter))
 
+    @torch.no_grad()
+    def scale_gradients_(self) -> None:
+        """Multiplies each gradient, where there is one, by the numbers of its parameter."""
+        for held, factors in self.parts:
+            if held.parameter.grad is not None:
+                held.parameter.grad.mul_(factors.to(held.parameter))
+
 
 class Holders:
     """All that holds the channels of the prunable units of a structure; made anew after a cut.
@@ -171,6 +178,10 @@ class Holders:
     def scale_(self, factors: Tensor, *, biases: bool = True, norms: bool = True) -> None:  # [size]
         """Multiplies every channel; the last factor is to be 1. Frozen parameters stay."""
         self.spread(factors, biases=biases, norms=norms).scale_()
+
+    def scale_gradients_(self, factors: Tensor, *, norms: bool = True) -> None:  # [size]
+        """Multiplies the gradient of every channel, where there is one; the last factor is 1."""
+        self.spread(factors, norms=norms).scale_gradients_()
 
     @torch.no_grad()
     def magnitudes(self) -> Tensor:  # [size] float64

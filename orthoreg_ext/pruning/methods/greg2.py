@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..schedule import check_ratio
 from .checks import positive
 from .greg1 import GReg1
 
@@ -53,6 +54,7 @@ class GReg2(GReg1):
         self.recover = positive("recover", recover, zero=True)
         self.picks, self.picked = 0, False
         super().__init__(model, example_inputs, **arguments)
+        check_ratio(self.ratio)
         if self.ceiling < self.pick_ceiling:
             raise ValueError(
                 f"ceiling is {self.ceiling!r}, expected at least pick_ceiling="

@@ -35,7 +35,8 @@ class Method:
     Args:
         model: pruned in place.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        ratio: the share of the prunable filters to remove in total, in (0, 1).
+        ratio: the share of the prunable filters to remove in total, in (0, 1); None in methods
+            that find it themselves.
         optimizer: the one that trains the model, or several; their state follows the cut.
         ignored: layers (names or modules) that keep their filters.
         ema: a copy of the model that is cut alike.
@@ -58,14 +59,15 @@ class Method:
         model: nn.Module,
         example_inputs: Any,
         *,
-        ratio: float = 0.5,
+        ratio: float | None = 0.5,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         ignored: Iterable[str | nn.Module] = (),
         ema: nn.Module | None = None,
         verify: bool = True,
         **rules: Any,
     ) -> None:
-        check_ratio(ratio)
+        if ratio is not None:
+            check_ratio(ratio)
         self.ratio = ratio
         self.engine = Engine(
             model,
@@ -76,7 +78,8 @@ class Method:
             ema=ema,
             verify=verify,
         )
-        self.engine.check_ratio(ratio)
+        if ratio is not None:
+            self.engine.check_ratio(ratio)
         self.steps = 0
         self.epochs = 0
         self._holders: Holders | None = None
@@ -184,4 +187,4 @@ class Method:
 
     def lowest(self) -> Tensor:  # [r] int64
         """The units to remove by the rules, for the ratio to be gone in total."""
-        return self.engine.select(self.engine.score(), self.ratio)
+        return self.engine.select(self.engine.score(), check_ratio(self.ratio))

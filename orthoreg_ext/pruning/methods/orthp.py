@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ...layers import FilterLayer, filter_layers
 from .. import checks
+from ..schedule import check_ratio
 from .checks import positive
 from .method import Method
 
@@ -47,6 +48,7 @@ class OrthP(Method):
     ) -> None:
         self.gain = _gain(gain)
         super().__init__(model, example_inputs, **arguments)
+        check_ratio(self.ratio)
         self.layers = [layer.name for layer in _layers(model, layers)]
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..held import Held
+from ..schedule import check_ratio
 from .checks import positive, steps
 from .method import Method
 
@@ -55,6 +56,7 @@ class Slimming(Method):
     ) -> None:
         self.strength, self.duration = positive("strength", strength), steps("duration", duration)
         super().__init__(model, example_inputs, **arguments)
+        check_ratio(self.ratio)
         if self.engine.rules.criterion == "bn_scale":
             self.engine.score()  # refuses a layer without a BatchNorm now, not after the training
 

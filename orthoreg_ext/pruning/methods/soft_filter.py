@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import choose
+from ..schedule import check_ratio
 from .checks import steps
 from .method import Method
 
@@ -85,14 +86,16 @@ class SoftFilter(Method):
         self.duration, self.every = steps("duration", duration), steps("every", every)
         self.silence = bool(silence)
         super().__init__(model, example_inputs, **arguments)
+        check_ratio(self.ratio)
         self.chosen = torch.empty(0, dtype=torch.int64)
 
     @property
     def share(self) -> float:
         """P_t, the share of filters that a cut at this epoch takes."""
+        ratio = check_ratio(self.ratio)
         if not self.kind.startswith("a"):
-            return self.ratio
-        return self.ratio * (1 - math.pow(0.25, 8 * self._progress)) / (1 - 0.25**8)
+            return ratio
+        return ratio * (1 - math.pow(0.25, 8 * self._progress)) / (1 - 0.25**8)
 
     @property
     def factor(self) -> float:
