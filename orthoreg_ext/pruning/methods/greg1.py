@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -45,9 +46,9 @@ class GReg1(Method):
 
     Attributes:
         chosen: S, [r] int64.
-        growths: how often lambda has grown, for each prunable group.
-        ratios: the averaged ratio of magnitudes of each group; None before the first, and for a
-            group without filters in S.
+        growths: prunable group (its first layer) -> how often lambda has grown.
+        ratios: group -> the averaged ratio of magnitudes, once it is known; a group without filters
+            in S has none.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {"criterion": "l1", "scope": "local"}
@@ -69,15 +70,15 @@ class GReg1(Method):
         self.ratio_limit = positive("ratio_limit", ratio_limit)
         super().__init__(model, example_inputs, **arguments)
         self.chosen = self._first_choice()
-        self.growths = [0] * len(self.engine.structure.prunable)
-        self.ratios: list[float | None] = [None] * len(self.growths)
+        self.growths = {group.name: 0 for group in self.engine.structure.prunable}
+        self.ratios: dict[str, float] = {}
         self._ended: int | None = None  # the step of the last growth
         self._decay: Spread | None = None
 
     @property
-    def strengths(self) -> list[float]:
-        """The lambda of the filters in S, for each prunable group."""
-        return [min(self.delta * growths, self.ceiling) for growths in self.growths]
+    def strengths(self) -> dict[str, float]:
+        """The lambda of the filters in S, by group."""
+        return {name: min(self.delta * n, self.ceiling) for name, n in self.growths.items()}
 
     @property
     def done(self) -> bool:  # noqa: D102
@@ -101,13 +102,13 @@ class GReg1(Method):
     def _update(self) -> None:
         """Measures the ratios, lets lambda grow, and sees where it has to stop."""
         self._measure()
-        self.growths = [growths + 1 for growths in self.growths]
-        gone = all(ratio is None or ratio >= self.ratio_limit for ratio in self.ratios)
-        if gone or self._at_ceiling(self.strengths[0]):
+        self.growths = {name: n + 1 for name, n in self.growths.items()}
+        gone = all(ratio >= self.ratio_limit for ratio in self.ratios.values())
+        if gone or self._at_ceiling(max(self.strengths.values())):
             self._ended = self.steps
 
     def _at_ceiling(self, strength: float) -> bool:
-        return strength >= self.ceiling - 1e-6 * self.delta  # 3 * 0.1 is above 0.3, 10 * 0.1 is not
+        return strength >= self.ceiling - 1e-6 * self.delta  # sums of 0.1 are not quite 0.3
 
     def _measure(self) -> None:
         """Takes the ratio of magnitudes of each group into its average."""
@@ -119,24 +120,19 @@ class GReg1(Method):
         total = torch.zeros(2 * len(groups) + 1, dtype=torch.float64, device=side.device)
         total.index_add_(0, side, self.holders.magnitudes())
         counts = torch.bincount(side, minlength=len(total))
-        for g, (means, numbers) in enumerate(
-            zip(
-                (total / counts)[:-1].view(-1, 2).tolist(),
-                counts[:-1].view(-1, 2).tolist(),
-                strict=True,
-            )
-        ):
-            if numbers[1]:
-                kept, gone = means
+        rows = (total / counts)[:-1].view(-1, 2).tolist()  # the one transfer
+        for group, (kept, gone) in zip(groups, rows, strict=True):
+            if not math.isnan(gone):  # 0 / 0: no filters in S
                 ratio = kept / max(gone, 1e-9 * kept) if kept > 0 else 0.0  # finite, also for 0 / 0
-                old = self.ratios[g]
-                self.ratios[g] = ratio if old is None else 0.9 * old + 0.1 * ratio
+                old = self.ratios.get(group.name, ratio)
+                self.ratios[group.name] = 0.9 * old + 0.1 * ratio
 
     def _strength_of_units(self) -> Tensor:  # [size]
         """The lambda of every unit."""
         vector = torch.zeros(self.holders.size)
-        for group, strength in zip(self.engine.structure.prunable, self.strengths, strict=True):
-            vector[group.units[torch.isin(group.units, self.chosen)]] = strength
+        strengths = self.strengths
+        for group in self.engine.structure.prunable:
+            vector[group.units[torch.isin(group.units, self.chosen)]] = strengths[group.name]
         return vector
 
     def _finish(self) -> None:
@@ -149,12 +145,12 @@ class GReg1(Method):
     def _state(self) -> dict[str, Any]:
         return {
             "chosen": self.chosen.tolist(),
-            "growths": list(self.growths),
-            "ratios": list(self.ratios),
+            "growths": dict(self.growths),
+            "ratios": dict(self.ratios),
             "ended": self._ended,
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.chosen = torch.tensor(state["chosen"], dtype=torch.int64)
-        self.growths, self.ratios = list(state["growths"]), list(state["ratios"])
+        self.growths, self.ratios = dict(state["growths"]), dict(state["ratios"])
         self._ended, self._decay = state["ended"], None

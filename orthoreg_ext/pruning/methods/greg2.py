@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,44 +61,41 @@ class GReg2(GReg1):
                 f"ceiling is {self.ceiling!r}, expected at least pick_ceiling="
                 f"{self.pick_ceiling!r}: lambda goes on from there"
             )
-        self._stopped = [False] * len(self.growths)
+        self._stopped: set[str] = set()  # the groups whose lambda grows no more
 
     @property
-    def strengths(self) -> list[float]:
-        """The lambda of the filters in S (of all before S is picked), for each prunable group."""
+    def strengths(self) -> dict[str, float]:
+        """The lambda of the filters in S (of all before S is picked), by group."""
         start = min(self.pick_delta * self.picks, self.pick_ceiling)
-        return [min(start + self.delta * growths, self.ceiling) for growths in self.growths]
+        return {n: min(start + self.delta * k, self.ceiling) for n, k in self.growths.items()}
 
     def _first_choice(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
 
     def _update(self) -> None:
         if self.picked:
-            self.growths = [
-                growths + (not stopped)
-                for growths, stopped in zip(self.growths, self._stopped, strict=True)
-            ]
+            self.growths = {n: k + (n not in self._stopped) for n, k in self.growths.items()}
         else:
             self.picks += 1
             if self.pick_delta * self.picks < self.pick_ceiling - 1e-6 * self.pick_delta:
                 return
             self.chosen, self.picked = self.lowest(), True
         self._measure()
-        self._stopped = [
-            stopped or ratio is None or ratio >= self.ratio_limit or self._at_ceiling(strength)
-            for stopped, ratio, strength in zip(
-                self._stopped, self.ratios, self.strengths, strict=True
-            )
-        ]
-        if all(self._stopped):
+        self._stopped |= {
+            name
+            for name, strength in self.strengths.items()
+            if self.ratios.get(name, math.inf) >= self.ratio_limit or self._at_ceiling(strength)
+        }
+        if len(self._stopped) == len(self.growths):
             self._ended = self.steps
 
     def _strength_of_units(self) -> Tensor:  # [size]
         vector = super()._strength_of_units()
-        rows = zip(self.engine.structure.prunable, self.growths, self.strengths, strict=True)
-        for group, growths, strength in rows:
+        strengths = self.strengths
+        for group in self.engine.structure.prunable:
             kept = group.units[~torch.isin(group.units, self.chosen)]
-            vector[kept] = -self.recover if growths else strength  # from the next growth on
+            grown = self.growths[group.name] > 0  # the kept filters follow at the next growth
+            vector[kept] = -self.recover if grown else strengths[group.name]
         return vector
 
     def _finish(self) -> None:
@@ -110,10 +108,10 @@ class GReg2(GReg1):
         return {**super()._settings(), **{name: getattr(self, name) for name in own}}
 
     def _state(self) -> dict[str, Any]:
-        own = {"picks": self.picks, "picked": self.picked, "stopped": list(self._stopped)}
+        own = {"picks": self.picks, "picked": self.picked, "stopped": sorted(self._stopped)}
         return {**super()._state(), **own}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         super()._load(state)
         self.picks, self.picked = state["picks"], state["picked"]
-        self._stopped = list(state["stopped"])
+        self._stopped = set(state["stopped"])

@@ -88,9 +88,11 @@ class IncReg(Method):
         self._live: Spread | None = None
 
     @property
-    def strengths(self) -> Tensor:  # [u] float64
-        """The lambda of every prunable unit, group by group."""
-        return self._lambda.cpu()
+    def strengths(self) -> dict[str, Tensor]:  # each [u] float64
+        """The lambda of the units of each prunable group, named by its first layer."""
+        groups = self.engine.structure.prunable
+        pieces = self._lambda.cpu().split(self._group.bincount().tolist())
+        return {group.name: piece for group, piece in zip(groups, pieces, strict=True)}
 
     @property
     def gone(self) -> Tensor:  # [r] int64
