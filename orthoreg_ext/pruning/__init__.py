@@ -2,7 +2,23 @@
 
 from .checkpoint import replay
 from .counts import Counts, count
-from .methods import TPP, GReg1, GReg2, IncReg, OrthP, Slimming, SoftFilter, orthogonalise
+from .methods import (
+    FPGM,
+    TPP,
+    EarlyBird,
+    EPruner,
+    GReg1,
+    GReg2,
+    GroupFisher,
+    IncReg,
+    OrthoReg,
+    OrthP,
+    Phase,
+    RePr,
+    Slimming,
+    SoftFilter,
+    orthogonalise,
+)
 from .prune import prune
 from .result import LayerWidth, PruneResult, RoundError
 from .schedule import split_ratio
@@ -10,15 +26,22 @@ from .scores import CRITERIA, Criterion
 
 __all__ = [
     "CRITERIA",
+    "FPGM",
     "TPP",
     "Counts",
     "Criterion",
+    "EPruner",
+    "EarlyBird",
     "GReg1",
     "GReg2",
+    "GroupFisher",
     "IncReg",
     "LayerWidth",
     "OrthP",
+    "OrthoReg",
+    "Phase",
     "PruneResult",
+    "RePr",
     "RoundError",
     "Slimming",
     "SoftFilter",

@@ -5,6 +5,7 @@ from .epruner import EPruner
 from .fpgm import FPGM
 from .greg1 import GReg1
 from .greg2 import GReg2
+from .group_fisher import GroupFisher
 from .increg import IncReg
 from .orthoreg import OrthoReg, Phase
 from .orthp import OrthP, orthogonalise
@@ -20,6 +21,7 @@ __all__ = [
     "EarlyBird",
     "GReg1",
     "GReg2",
+    "GroupFisher",
     "IncReg",
     "OrthP",
     "OrthoReg",

@@ -201,6 +201,6 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     model = small_net()
     with torch.no_grad():
         model[3].weight[2] = float("nan")
-    with pytest.raises(ValueError, match="layer '3'.*NaN"):
+    with pytest.raises(ValueError, match=r"layer '3'.*NaN"):
         EPruner(model, example()).finish()
     assert (model[0].out_channels, model[3].out_channels) == (6, 8)

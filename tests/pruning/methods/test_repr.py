@@ -42,8 +42,9 @@ def test_the_most_correlated_filters_of_all_layers_go() -> None:
     # plane: directions 0, 30, 90 degrees and 0 again (a copy, longer)
     # sums of |cos| of the others: 0: .866 + 0 + 1; 30: .866 + .5 + .866; 90: 0 + .5 + 0; copy as 0
     # over n = 4: .467, .558, .125, .467; the second layer is orthonormal: 0
-    net = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.ReLU(),
-                        nn.Conv2d(3, 2, 1))
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1)
+    )
     angles = torch.tensor([0.0, 30.0, 90.0, 0.0]).deg2rad()
     with torch.no_grad():
         rows = torch.stack([angles.cos(), angles.sin()], 1)
@@ -174,7 +175,9 @@ def test_a_full_layer_gets_noise() -> None:
 def test_a_resumed_run_ends_alike(stop: int) -> None:
     # 2: amid the epochs without the dropped ones
     assert_resumes(lambda m, o: make(m, o), epochs=6, stop=stop)
-    assert_resumes(lambda m, o: make(m, o), epochs=5, stop=stop, build=lambda: small_net(norm=False))
+    assert_resumes(
+        lambda m, o: make(m, o), epochs=5, stop=stop, build=lambda: small_net(norm=False)
+    )
 
 
 def test_an_early_finish_removes_the_worst_of_now() -> None:
@@ -202,10 +205,16 @@ def test_every_kind_of_layer_comes_back(net: type[nn.Module]) -> None:
         method.after_step()
         method.after_epoch()
         dead = [
-            i for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))
-            and m.weight.requires_grad and m.weight.dim() == 4
-            for i in zero_filters(m.weight.transpose(0, 1) if isinstance(m, nn.ConvTranspose2d)
-                                  and m.groups == 1 else m.weight)
+            i
+            for m in model.modules()
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))
+            and m.weight.requires_grad
+            and m.weight.dim() == 4
+            for i in zero_filters(
+                m.weight.transpose(0, 1)
+                if isinstance(m, nn.ConvTranspose2d) and m.groups == 1
+                else m.weight
+            )
         ]
         assert bool(dead) == (epoch != 1)
     assert torch.equal(frozen, before)

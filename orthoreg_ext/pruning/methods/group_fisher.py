@@ -1,0 +1,318 @@
+"""GroupFisher: one channel after the other leaves while the net trains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import choose
+from ...layers import layer_kind
+from ..inputs import call_examples, device_of, to_device, undisturbed
+from ..removal import commit, removal_edits
+from ..result import PruneResult
+from ..schedule import check_ratio
+from ..selection import Block, blocks_of
+from ..units import Slot
+from .checks import steps
+from .contributions import Contributions
+from .method import Method
+
+FREED = ("memory", "macs", "nothing")
+TARGETS = ("filters", "params", "macs")
+
+
+class GroupFisher(Method):
+    """Group Fisher pruning (Liu et al., ICML 2021, arXiv 2108.00708).
+
+    While the net trains, each unit (channels that can only leave together) collects, sample by
+    sample, what the layers x that read it make of it ::
+
+        s = sum_n (sum_x sum_hw a_x * da_x)^2 / freed
+
+    so the sum over the coupled layers is inside the square (their eq. 4). After every `every` steps
+    the unit of smallest s is removed and the sums start from 0, until `ratio` is gone; then the
+    method is done, and the authors train on as long as the unpruned net was trained.
+
+    `freed` is the memory that a unit gives back, which is the numbers that the layers in front
+    write for it, or the multiply-accumulates of the layers in front and behind at their present
+    widths.
+
+    Paper against code: the code masks channels while it trains, here they leave at once, with their
+    momentum; the net computes the same. It has no rule for grouped convolutions, whose channels are
+    summed here as the paper says. It takes the gradients of the mean loss as they are; here they
+    are multiplied by the samples of the batch, so that batches of different sizes count alike.
+
+    Hooks on the layers read the activations and their gradients in the training's own forward and
+    backward passes, of which there may be several a step. They go with :meth:`finish`, with
+    :meth:`close`, and when a removal fails. A pass with infinite gradients (a loss scale that was
+    too large) is left out.
+
+    Args:
+        model: as for :class:`~.method.Method`, like all that is not named here; there is neither
+            criterion nor scope.
+        example_inputs: as for :class:`~.method.Method`.
+        every: d, the steps between two removals: 25 for classification, 10 for detection.
+        target: what `ratio` is a share of: the prunable "filters", all "params", or all "macs".
+        freed: "memory", "macs" or "nothing": what the sum is divided by.
+
+    Raises:
+        ImportError, TypeError, ValueError: an argument is wrong or cannot be met; nothing was
+            changed.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {"criterion": "l1", "scope": "global"}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        ratio: float = 0.5,
+        every: int = 25,
+        target: str = "filters",
+        freed: str = "memory",
+        **arguments: Any,
+    ) -> None:
+        for name in ("criterion", "scope"):
+            if name in arguments:
+                raise ValueError(f"GroupFisher ranks by its own criterion; leave {name} out")
+        check_ratio(ratio)
+        self.every = steps("every", every)
+        self.target, self.freed = choose("target", target, TARGETS), choose("freed", freed, FREED)
+        super().__init__(model, example_inputs, ratio=None, **arguments)
+        self.ratio = ratio
+        self._positions, self._areas = self._measure()
+        self._full = self._left = self._size(model)
+        self._check_reachable(ratio)
+        self._check_read()
+        self._fisher = torch.zeros(self._units, dtype=torch.float64)
+        self._passes = torch.zeros((), dtype=torch.int64)  # in the sums
+        self._stale = False  # whether the sums are from before the last removal
+        self._collected: Contributions | None = None
+        self._handle: Any = None
+        self._listen()
+
+    @property
+    def share(self) -> float:
+        """The share of the target that is gone."""
+        return 1 - self._left / self._full
+
+    @property
+    def done(self) -> bool:  # noqa: D102
+        assert self.ratio is not None
+        return super().done or self.share >= self.ratio - 1e-9
+
+    def before_step(self) -> None:  # noqa: D102
+        self._gather()
+
+    def after_step(self) -> None:
+        """To be called after ``optimizer.step()``; every so many steps it removes one unit.
+
+        Raises:
+            ValueError: no gradient was seen since the last removal, or an optimizer's state cannot
+                follow. The hooks are gone then.
+        """
+        super().after_step()
+        if self._collected is None or self.steps % self.every or self.done:
+            return
+        try:
+            if self._stale or not int(self._passes):
+                raise ValueError(
+                    f"no finite gradient was seen in {self.every} steps, so no channel can be "
+                    "chosen: call before_step() after loss.backward(), and look for NaN in the loss"
+                )
+            self._remove_one()
+        except BaseException:
+            self.close()
+            raise
+        if self.done:
+            self.close()
+
+    def scores(self) -> list[Tensor]:  # each [u] float64, CPU
+        """The scores of the units of every prunable group, from the passes collected so far."""
+        self._gather()
+        fisher = self._fisher.cpu() / self._freed()
+        return [fisher[group.units] for group in self.engine.structure.prunable]
+
+    def close(self) -> None:
+        """Removes the hooks; removes no channel."""
+        if self._collected is not None:
+            self._collected.__exit__()
+            self._handle.remove()
+            self._collected = None
+
+    def finish(self) -> PruneResult:
+        """Removes what is left to remove, by the sums as they are, and the hooks.
+
+        Raises:
+            ValueError: something is left, but no gradient was seen yet.
+        """
+        try:
+            return super().finish()
+        finally:
+            self.close()
+
+    def _finish(self) -> None:
+        while not self.done:
+            if not int(self._passes):
+                raise ValueError(
+                    f"{self.share:.3f} of the {self.target} are gone, expected {self.ratio}, and "
+                    "no finite gradient was seen to choose more by; train at least one step first"
+                )
+            self._remove_one()
+
+    def _listen(self) -> None:
+        """Puts the hooks on, for the units as they are now."""
+        self.close()
+        self._collected = Contributions(self.model, self.engine.structure).__enter__()
+        # a pass starts: what the one before left belongs to other samples
+        self._handle = self.model.register_forward_pre_hook(lambda *_: self._gather())
+
+    def _gather(self) -> None:
+        """Adds the squares of what the last pass has left."""
+        found = self._collected.take() if self._collected is not None else None
+        if found is None:
+            return
+        squares = (found.double() * len(found)).square().sum(0)
+        finite = torch.isfinite(squares).all()
+        if self._stale or self._fisher.device != squares.device:
+            keep = 0 if self._stale else 1
+            self._fisher = self._fisher.to(squares.device) * keep
+            self._passes = self._passes.to(squares.device) * keep
+            self._stale = False
+        self._fisher[: len(squares)] += torch.where(finite, squares, 0)
+        self._passes += finite
+
+    def _remove_one(self) -> None:
+        pools, groups = self.engine.pools(self.scores()), self.engine.structure.prunable
+        first: list[Block] = []
+        for i, pool in enumerate(pools):
+            first += blocks_of(i, pool, self.engine.rules.limits)[:1]
+        if not first:
+            raise ValueError(
+                f"{self.share:.3f} of the {self.target} are gone, expected {self.ratio}, but every "
+                "layer is at its limit; lower ratio or raise max_layer_ratio"
+            )
+        least = min(first, key=lambda block: block.score)
+        listening = self._collected is not None
+        self.remove(groups[least.pool].units[list(least.units)])
+        self._left, self._stale = self._size(self.model), True
+        if listening:
+            self._listen()
+
+    @property
+    def _units(self) -> int:
+        return 1 + max(int(slot.units.max()) for slot in self._filter_slots())
+
+    def _filter_slots(self) -> list[Slot]:
+        return [slot for slot in self.engine.structure.slots if slot.kind == "filters"]
+
+    def _measure(self) -> tuple[dict[str, float], dict[str, float]]:
+        """For each layer: at how many positions it multiplies its weight, and writes a channel."""
+        positions: dict[str, float] = {}
+        areas: dict[str, float] = {}
+        handles = []
+
+        def watch(name: str, module: Any) -> None:
+            def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+                seen = args[0] if getattr(module, "transposed", False) else output
+                used = seen.numel() * module.weight[0].numel() / module.weight.numel()
+                channels = getattr(module, "out_channels", None) or module.out_features
+                positions[name] = positions.get(name, 0.0) + used
+                areas[name] = areas.get(name, 0.0) + output.numel() / channels
+
+            handles.append(module.register_forward_hook(add))
+
+        for name, module in _layers(self.model):
+            watch(name, module)
+        try:
+            with undisturbed(self.model), torch.no_grad():
+                call_examples(self.model, to_device(self.engine.inputs, device_of(self.model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return positions, areas
+
+    def _size(self, model: nn.Module) -> float:
+        if self.target == "params":
+            return sum(p.numel() for p in model.parameters())
+        if self.target == "macs":
+            weights = {name: module.weight for name, module in _layers(model)}
+            return float(sum(p * weights[name].numel() for name, p in self._positions.items()))
+        return sum(int(pool.filters.sum()) for pool in self.engine.pools())
+
+    def _freed(self) -> Tensor:  # [units] float64
+        """What each unit gives back at the present widths."""
+        freed = torch.zeros(len(self._fisher), dtype=torch.float64)
+        if self.freed == "nothing":
+            return freed + 1
+        weights = {name: module.weight for name, module in _layers(self.model)}
+        for slot in self._filter_slots():
+            if slot.layer not in self._positions:  # not in this forward pass
+                continue
+            share = self._areas[slot.layer] if slot.has_filters else 0.0
+            if self.freed == "macs":
+                share = self._positions[slot.layer] * weights[slot.layer].numel() / len(slot.units)
+            units = slot.units[slot.units >= 0]
+            freed.index_add_(0, units, torch.full((len(units),), share, dtype=torch.float64))
+        return freed.clamp(min=1.0)
+
+    def _check_reachable(self, ratio: float) -> None:
+        if self.target == "filters":
+            self.engine.check_ratio(ratio)
+            return
+        groups, limits = self.engine.structure.prunable, self.engine.rules.limits
+        units = [
+            groups[i].units[list(block.units)]
+            for i, pool in enumerate(self.engine.pools())
+            for block in blocks_of(i, pool, limits)
+        ]
+        smallest = copy.deepcopy(self.model)
+        commit(removal_edits(smallest, self.engine.structure, torch.cat(units)) if units else [])
+        most = 1 - self._size(smallest) / self._full
+        if most < ratio:
+            raise ValueError(
+                f"ratio={ratio} of the {self.target} cannot go: at most {most:.3f} with every "
+                "layer at its limit; lower ratio or raise max_layer_ratio"
+            )
+
+    def _check_read(self) -> None:
+        read = [slot.units for slot in self._filter_slots() if slot.side != "out"]
+        known = torch.cat(read) if read else torch.empty(0, dtype=torch.int64)
+        for group in self.engine.structure.prunable:
+            if not torch.isin(group.units, known).all():
+                raise ValueError(
+                    f"no convolution or linear layer reads all channels of layer {group.name!r}, "
+                    "so they have no score; list it in ignored"
+                )
+
+    def _settings(self) -> dict[str, Any]:
+        own = ("every", "target", "freed")
+        return {**super()._settings(), **{name: getattr(self, name) for name in own}}
+
+    def _state(self) -> dict[str, Any]:
+        self._gather()
+        return {
+            "fisher": self._fisher.tolist(),
+            "passes": int(self._passes),
+            "stale": self._stale,
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._fisher = torch.tensor(state["fisher"], dtype=torch.float64)
+        self._passes = torch.tensor(int(state["passes"]))
+        self._stale = bool(state["stale"])
+        self._left = self._size(self.model)
+        if state["finished"] or self.done:
+            self.close()
+        else:
+            self._listen()
+
+
+def _layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The convolution and linear layers by name."""
+    return [(name, module) for name, module in model.named_modules() if layer_kind(module)]
