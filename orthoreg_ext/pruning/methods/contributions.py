@@ -37,7 +37,7 @@ class Contributions:
 
     def __enter__(self) -> Contributions:
         for module, slot in self._slots:
-            hook = module.register_forward_pre_hook(self._reader(slot), with_kwargs=True)
+            hook = module.register_forward_pre_hook(self._reader(module, slot), with_kwargs=True)
             self._handles.append(hook)
         return self
 
@@ -52,10 +52,10 @@ class Contributions:
         self.inputs.clear()
         return None if sums is None else sums[:, : self.units]
 
-    def _reader(self, slot: Slot) -> Callable[..., Any]:
+    def _reader(self, own_module: nn.Module, slot: Slot) -> Callable[..., Any]:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             seen = args[0] if args else kwargs["input"]
-            if not seen.requires_grad:
+            if module is not own_module or not seen.requires_grad:  # a copy has the hooks too
                 return None
             own = seen.view_as(seen)  # its gradient is that of this layer alone
             self.inputs.append(own)

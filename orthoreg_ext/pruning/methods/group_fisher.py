@@ -169,8 +169,12 @@ class GroupFisher(Method):
         """Puts the hooks on, for the units as they are now."""
         self.close()
         self._collected = Contributions(self.model, self.engine.structure).__enter__()
-        # a pass starts: what the one before left belongs to other samples
-        self._handle = self.model.register_forward_pre_hook(lambda *_: self._gather())
+
+        def start(model: nn.Module, _: Any) -> None:
+            if model is self.model:  # and no copy of it, which has the hooks too
+                self._gather()  # what the pass before left belongs to other samples
+
+        self._handle = self.model.register_forward_pre_hook(start)
 
     def _gather(self) -> None:
         """Adds the squares of what the last pass has left."""
