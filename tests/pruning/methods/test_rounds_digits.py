@@ -171,3 +171,4 @@ def test_half_of_the_filters_go_and_the_accuracy_stays(name: str, digits: Digits
     assert_consistent(model, optimizer)
     dead = [m for m in model if isinstance(m, nn.Conv2d) and not m.weight.flatten(1).any(1).all()]
     assert not dead
+    assert accuracy(model, digits.test) >= digits.accuracy - 0.02
