@@ -83,6 +83,12 @@ def test_the_schedule() -> None:
             train_step(model, optimizer, method)
             zero = [zero_filters(model[0].weight), zero_filters(model[3].weight)]
             assert zero == sets, "held at zero, momentum or not"
+        if epoch == 2:  # other filters go now, and those have momentum
+            with torch.no_grad():
+                for i, live in ((0, 6), (3, 8)):
+                    new = next(iter(set(range(live)) - sets[i // 3]))
+                    model[i].weight[list(sets[i // 3])] = 3 * torch.randn(model[i].weight[0].shape)
+                    model[i].weight[new] *= 1e-3
         if epoch % 2 == 0:
             sets = [written_out(model[0].weight, 1, 3), written_out(model[3].weight, 1, 4)]
         method.after_epoch()

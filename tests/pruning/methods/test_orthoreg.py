@@ -273,6 +273,38 @@ def test_a_regulariser_that_is_attached_already_is_refused() -> None:
     attachment.remove()
 
 
+def test_a_refused_second_optimizer_leaves_the_first_alone() -> None:
+    model = small_net()
+    first = torch.optim.SGD(model[:3].parameters(), 0.1, weight_decay=0.1)
+    second = torch.optim.SGD(model[3:].parameters(), 0.1, weight_decay=0.1)
+    term = ox.OrthoRegularizer(model)
+    attachment = term.attach(second)
+    with pytest.raises(ValueError, match="attached to this optimizer already"):
+        OrthoReg(model, example(), data=DATA, optimizer=[first, second], regularizer=term)
+    assert hooks_of(model, first) == 0
+    assert first.param_groups[0]["weight_decay"] == 0.1
+    attachment.remove()
+    both = OrthoReg(model, example(), data=DATA, optimizer=[first, second], regularizer=term)
+    assert (hooks_of(model, first), hooks_of(model, second)) == (1, 1)
+    both.close()
+    assert (hooks_of(model, first), hooks_of(model, second)) == (0, 0)
+
+
+def test_weight_decay_comes_back_when_the_optimizer_was_loaded_first() -> None:
+    model = small_net()
+    optimizer = sgd(model)
+    method = make(model, optimizer)
+    state, moments = method.state_dict(), optimizer.state_dict()
+    fresh = small_net()
+    other = sgd(fresh)
+    other.load_state_dict(moments)  # with the weight decay of the phase, 0
+    resumed = make(fresh, other)
+    resumed.load_state_dict(state)
+    assert other.param_groups[0]["weight_decay"] == 0
+    resumed.finish()
+    assert other.param_groups[0]["weight_decay"] == 1e-3
+
+
 def test_a_state_of_other_parameter_groups_is_refused_before_anything_is_cut() -> None:
     model = small_net()
     method = make(model, sgd(model), ortho_epochs=1, rounds=2, retrain_epochs=0)
