@@ -87,6 +87,8 @@ def _gap(axis: Any, arrays: dict[str, Any]) -> None:
 
 def _spectrum(axis: Any, arrays: dict[str, Any]) -> None:
     values = np.sort(arrays["singular_values"].ravel())
+    values = np.maximum(values, max(values[-1], 1) * 1e-9)  # zeros have no place on a log axis
+    axis.set_xscale("log")
     axis.plot(values, np.linspace(0, 1, len(values)), color=_MEAN)
     axis.axvline(1, color=_MORE, linewidth=1)
     axis.set_title("share of Jacobian singular values below", fontsize=9)
