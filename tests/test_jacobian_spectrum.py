@@ -36,7 +36,7 @@ def test_hand_computed() -> None:
     got = spectrum(linear([[3, 0], [0, 4], [0, 0]]), torch.ones(2, 2))
     assert got.values.tolist() == [[4, 3], [4, 3]]
     assert (got.mean, got.std, got.largest, got.smallest) == (3.5, 0.5, 4, 3)
-    assert got.condition == pytest.approx(4 / 3)
+    assert (got.condition, got.deficient) == (pytest.approx(4 / 3), 0)
     assert got.distance == pytest.approx((9 + 4) / 2)
 
 
@@ -103,7 +103,7 @@ def test_outputs_of_a_constant_sum_have_no_condition_number() -> None:
     torch.manual_seed(0)
     got = spectrum(nn.Sequential(nn.Linear(6, 4), nn.Softmax(1)), torch.randn(3, 6))
     assert (got.values[:, -1] < 1e-6 * got.values[:, 0]).all()
-    assert got.condition == math.inf
+    assert (got.condition, got.deficient) == (math.inf, 3)
 
 
 def test_a_network_that_ignores_its_input() -> None:

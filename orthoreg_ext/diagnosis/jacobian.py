@@ -62,6 +62,11 @@ class Spectrum:
         return float(self.conditions.mean())
 
     @property
+    def deficient(self) -> int:
+        """How many samples have an infinite condition number."""
+        return int(np.isinf(self.conditions).sum())
+
+    @property
     def distance(self) -> float:
         """The mean of (value - 1)^2: 0 for dynamical isometry."""
         return float(((self.values - 1) ** 2).mean())

@@ -152,6 +152,7 @@ class Diagnosis:
                 "largest": s.largest,
                 "smallest": s.smallest,
                 "condition": _finite(s.condition),
+                "deficient": s.deficient,
                 "distance": s.distance,
             }
         return found
@@ -195,6 +196,7 @@ class Diagnosis:
                 f"Jacobian singular values: mean {s.mean:.4g}, std {s.std:.4g}, "
                 f"{s.smallest:.4g} to {s.largest:.4g}, mean condition {s.condition:.4g}, "
                 f"of {len(s.values)} samples"
+                + (f" ({s.deficient} without full rank)" if s.deficient else "")
             )
         for name, channels in (self.silent or {}).items():
             lines.append(f"{name or '(model)'}: {len(channels)} channels of scale and shift 0")
