@@ -221,9 +221,37 @@ class Coupled(nn.Module):
         return self.head(x.flatten(2).amax(2))
 
 
+class Leaning(nn.Module):
+    """Every sample but the first leans on the one before, which no gradient says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x).tanh()
+        return self.head(torch.cat([x[:1], x[1:] * x[:-1].detach()]))
+
+
+class Hooked(nn.Module):
+    """A hook of the user's changes what a layer puts out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 5)
+        self.head = nn.Linear(5, 3)
+        self.fc.register_forward_hook(lambda module, arguments, output: (2 * output).tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc(x))
+
+
 @pytest.mark.parametrize(
     ("build", "apart"),
     [
+        (Leaning, False),
+        (Hooked, True),
         (Twice, True),
         (Functional, False),
         (SequenceFirst, False),
@@ -285,6 +313,34 @@ def test_as_many_samples_are_read_as_asked() -> None:
     assert (got.samples, len(got.spectrum.values)) == (6, 3)
     assert got.gap == pytest.approx(want.gap, rel=1e-5)
     assert np.allclose(got.spectrum.values, want.spectrum.values, rtol=1e-5)
+
+
+def test_the_gaps_are_of_no_more_samples_than_asked() -> None:
+    torch.manual_seed(0)
+    net, (x, y) = Net(), samples(10)
+    got = ox.diagnose(net, [(x, y)], samples=3, jacobian_samples=5)
+    assert (got.samples, len(got.spectrum.values)) == (3, 5)
+    assert got.gap == pytest.approx(ox.diagnose(net, [(x[:3], y[:3])]).gap, rel=1e-5)
+
+
+class Scaled(nn.Module):
+    """Takes one more tensor that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.head(x * scale)
+
+
+def test_tensors_that_all_samples_share() -> None:
+    torch.manual_seed(0)
+    model, x, y, scale = Scaled(), torch.randn(6, 12), torch.arange(6) % 3, torch.rand(12)
+    got = ox.diagnose(model, [((x, scale), y)])
+    want = ox.diagnose(nn.Sequential(model.head), [(x * scale, y)])
+    assert not got.notes
+    assert got.gap == pytest.approx(want.gap, rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -195,10 +195,13 @@ def test_equal_filters_have_no_condition_number(seed: int) -> None:
     assert got.max_cosine == pytest.approx(1, abs=1e-15)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_the_scale_of_the_weights_does_not_matter(scale: float) -> None:
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(s, torch.float32) for s in (1e-30, 1e30)] + [(s, torch.float64) for s in (1e-200, 1e200)],
+)
+def test_the_scale_of_the_weights_does_not_matter(scale: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layer = nn.Linear(9, 5, bias=False)
+    layer = nn.Linear(9, 5, bias=False, dtype=dtype)
     want = numbers(layer)
     with torch.no_grad():
         layer.weight.mul_(scale)
