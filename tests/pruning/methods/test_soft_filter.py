@@ -12,7 +12,6 @@ from orthoreg_ext.pruning import SoftFilter
 
 from ..nets import IMAGE, ResNet, randomised
 from .loops import (
-    PreActivation,
     Small,
     check_optimizer,
     check_resume,
@@ -130,27 +129,6 @@ def test_the_kinds_differ_in_share_and_factor(x: Tensor) -> None:
         "srfp": (0.5, 0.875),
         "asrfp": (0.375, 0.875),
     }
-
-
-def test_silence_also_scales_biases_and_the_norms_that_follow(x: Tensor) -> None:
-    model = randomised(PreActivation())
-    ordered(model)
-    model.conv1.weight.data = model.conv1.weight.data.flip(0)
-    method = SoftFilter(model, x, silence=True)
-    method.after_epoch()
-    low, high = torch.arange(8) < 4, torch.arange(8) >= 4
-    for layer, zero in (
-        ("stem", low),
-        ("conv1", high),
-        ("conv2", low),
-        ("before1", low),
-        ("before2", high),
-        ("last", low),
-    ):
-        for name in ("weight", "bias"):
-            rows = model.get_parameter(f"{layer}.{name}").view(8, -1)
-            assert torch.equal((rows == 0).all(1), zero), (layer, name)
-            assert torch.equal((rows == 0).any(1), zero), (layer, name)
 
 
 def test_soft_filters_train_on_and_may_grow_back(x: Tensor) -> None:
