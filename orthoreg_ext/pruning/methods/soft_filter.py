@@ -48,8 +48,10 @@ class SoftFilter(Method):
 
     Paper against code: SFP's released code also cuts once before the first epoch, and with
     `every` > 1 after epochs 1, 1 + `every` ...; here the first cut is that after epoch `every`. As
-    in that code weights alone are scaled, so that a filter of zeros still passes the constant that
-    its bias and BatchNorm make; ``silence=True`` scales those too. ASFP's code is not public; the
+    in that code weights alone are scaled: a filter of zeros still passes the constant that its bias
+    and BatchNorm make (with those at zero too it could never grow back), and behind a BatchNorm in
+    train mode its gradient is 1 / sqrt(eps) times as large, so that with a large learning rate it
+    comes back larger than the filters that were kept. ASFP's code is not public; the
     three points are those of a third-party port. The form of SRFP's alpha_t is not public either:
     the three offered ones are ours.
 
@@ -62,7 +64,6 @@ class SoftFilter(Method):
         every: the epochs between two cuts.
         decay: "linear" 1 - t / T, "cosine" (1 + cos(pi t / T)) / 2, or "exponential"
             (e^(-5 t / T) - e^-5) / (1 - e^-5); not used where alpha is 0.
-        silence: also scale the filters' biases, and the scales and shifts of the norms behind them.
 
     Attributes:
         chosen: S of the last cut, [r] int64.
@@ -79,12 +80,10 @@ class SoftFilter(Method):
         duration: int = 200,
         every: int = 1,
         decay: str = "linear",
-        silence: bool = False,
         **arguments: Any,
     ) -> None:
         self.kind, self.decay = choose("kind", kind, KINDS), choose("decay", decay, DECAYS)
         self.duration, self.every = steps("duration", duration), steps("every", every)
-        self.silence = bool(silence)
         super().__init__(model, example_inputs, **arguments)
         check_ratio(self.ratio)
         self.chosen = torch.empty(0, dtype=torch.int64)
@@ -112,7 +111,7 @@ class SoftFilter(Method):
             return
         self.chosen = self.engine.select(self.engine.score(), self.share)
         factors = self.holders.values(self.chosen, self.factor, rest=1.0)
-        self.holders.scale_(factors, biases=self.silence, norms=self.silence)
+        self.holders.scale_(factors, biases=False, norms=False)
 
     @property
     def _progress(self) -> float:
@@ -122,7 +121,7 @@ class SoftFilter(Method):
         self.remove(self.lowest())
 
     def _settings(self) -> dict[str, Any]:
-        own = ("kind", "duration", "every", "decay", "silence")
+        own = ("kind", "duration", "every", "decay")
         return {**super()._settings(), **{name: getattr(self, name) for name in own}}
 
     def _state(self) -> dict[str, Any]:
