@@ -6,7 +6,7 @@ from .methods import TPP
 from .prune import prune
 from .result import LayerWidth, PruneResult, RoundError
 from .schedule import split_ratio
-from .scores import CRITERIA, Criterion
+from .scores import CRITERIA, Criterion, exemplar, variety
 
 __all__ = [
     "CRITERIA",
@@ -17,7 +17,9 @@ __all__ = [
     "PruneResult",
     "RoundError",
     "count",
+    "exemplar",
     "prune",
     "replay",
     "split_ratio",
+    "variety",
 ]

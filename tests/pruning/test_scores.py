@@ -10,7 +10,7 @@ from torch.nn import functional as f
 
 from orthoreg_ext.pruning import CRITERIA, prune
 from orthoreg_ext.pruning.calibration import mean_gradients
-from orthoreg_ext.pruning.scores import score_slots, scored_slots, unit_scores
+from orthoreg_ext.pruning.evidence import Evidence
 from orthoreg_ext.pruning.structure import trace
 
 from .nets import MLP, VGG, Concat, Grouped, ResNet, Separable, Transposed, batches, randomised
@@ -40,14 +40,26 @@ def filter_rows(module: nn.Module, tensor: Tensor) -> Tensor:
     return tensor.flatten(1)
 
 
-def scores(model: nn.Module, x: Tensor, name: str, data: list, **options: Any) -> dict[str, Tensor]:
-    structure = trace(model, x)
-    scored = scored_slots(model, structure, CRITERIA[name], options.get("bias", False))
-    parameters = {key: p for entry in scored for key, p in entry.parameters.items()}
-    loss = options.get("loss")
-    grads = mean_gradients(model, parameters, data, loss) if CRITERIA[name].needs_grad else None
-    pieces = score_slots(scored, CRITERIA[name], name, grads)
-    return {entry.slot.layer: piece for entry, piece in zip(scored, pieces, strict=True)}
+class Slots(Evidence):
+    """Keeps the scores of the channels of every layer, before they become those of units."""
+
+    def units(self, scored: list, rows: list[Tensor]) -> list[Tensor]:
+        self.found.update(
+            {
+                (entry.slot.layer, "in" if entry.dim else "out"): row.double().cpu()
+                for entry, row in zip(scored, rows, strict=True)
+            }
+        )
+        return super().units(scored, rows)
+
+
+def scores(
+    model: nn.Module, x: Tensor, name: str, data: list | None = None, **options: Any
+) -> dict[tuple[str, str], Tensor]:
+    evidence = Slots(name, model, trace(model, x), data, **options)
+    object.__setattr__(evidence, "found", {})
+    CRITERIA[name].score(evidence)
+    return evidence.found
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
@@ -62,7 +74,7 @@ def test_scores_are_the_formulas_in_float64(name: str, net: Any, bias: bool, x: 
     got = scores(model, x, name, data, bias=bias, loss=loss)
     grads = gradients_of(model, data, loss)
     assert len(got) >= 3
-    for layer, values in got.items():
+    for (layer, _), values in got.items():
         module: Any = model.get_submodule(layer)
         w = filter_rows(module, module.weight.detach().double())
         g = filter_rows(module, grads[f"{layer}.weight"])
@@ -86,7 +98,7 @@ def test_the_gradient_is_the_mean_over_samples_not_over_batches() -> None:
 
 def test_calibration_is_in_eval_mode_where_fisher_is_not_zero(x: Tensor) -> None:
     model = randomised(VGG()).train()
-    values = scores(model, x, "fisher", batches())["conv1"]
+    values = scores(model, x, "fisher", batches())["conv1", "out"]
     f.cross_entropy(model(batches()[0][0]), batches()[0][1]).backward()
     train = (
         (model.conv1.weight.detach() * model.conv1.weight.grad).flatten(1).sum(1).pow(2).double()
@@ -98,10 +110,10 @@ def test_calibration_is_in_eval_mode_where_fisher_is_not_zero(x: Tensor) -> None
 def test_half_precision_is_scored_in_float32(x: Tensor) -> None:
     model = randomised(VGG()).bfloat16()
     data = [(a.bfloat16(), b) for a, b in batches()]
-    got = scores(model, x.bfloat16(), "l2", data)["conv1"]
+    got = scores(model, x.bfloat16(), "l2", data)["conv1", "out"]
     expected = model.conv1.weight.detach().double().flatten(1).norm(dim=1)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
-    assert float(scores(model, x.bfloat16(), "fisher", data)["conv1"].max()) > 0
+    assert float(scores(model, x.bfloat16(), "fisher", data)["conv1", "out"].max()) > 0
 
 
 class Misleading(nn.Module):
@@ -141,9 +153,7 @@ def test_bn_scale_without_a_batchnorm_names_the_layer(x: Tensor) -> None:
 def test_a_unit_combines_the_filters_of_all_its_layers(reduction: str, x: Tensor) -> None:
     model = ResNet()
     structure = trace(model, x)
-    scored = scored_slots(model, structure, CRITERIA["l1"], bias=False)
-    pieces = score_slots(scored, CRITERIA["l1"], "l1", None)
-    values = unit_scores(structure.prunable, scored, pieces, reduction, None)
+    values = CRITERIA["l1"].score(Evidence("l1", model, structure, reduction=reduction))
     index = next(i for i, g in enumerate(structure.prunable) if g.name == "layer2.conv2")
     assert structure.prunable[index].layers == ("layer2.conv2", "layer2.short.0", "layer3.conv2")
     rows = torch.stack(
@@ -160,10 +170,8 @@ def test_a_unit_combines_the_filters_of_all_its_layers(reduction: str, x: Tensor
 def test_normalize_divides_the_scores_of_each_group(how: str, x: Tensor) -> None:
     model = VGG()
     structure = trace(model, x)
-    scored = scored_slots(model, structure, CRITERIA["l1"], bias=False)
-    pieces = score_slots(scored, CRITERIA["l1"], "l1", None)
-    raw = unit_scores(structure.prunable, scored, pieces, "mean", None)
-    scaled = unit_scores(structure.prunable, scored, pieces, "mean", how)
+    raw = CRITERIA["l1"].score(Evidence("l1", model, structure))
+    scaled = CRITERIA["l1"].score(Evidence("l1", model, structure, normalize=how))
     for before, after in zip(raw, scaled, strict=True):
         torch.testing.assert_close(after, before / getattr(before, how)())
 
