@@ -104,7 +104,7 @@ def scored_slots(
                 found.append(Scored(slot, module.weight, module.bias if bias else None))
         elif slot.kind == "filters" and slot.layer in layers:
             layer = layers[slot.layer]
-            if of == "matrices" and layer.filters == layer.groups:
+            if of == "matrices" and layer.filters == layer.groups > 1:
                 continue
             for axis in DIMS[dim]:
                 if slot.side in ("both", "in" if axis else "out"):

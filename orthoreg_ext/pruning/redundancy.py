@@ -59,9 +59,11 @@ def exemplars(matrix: Tensor, beta: float = BETA) -> Tensor:  # [n, k] -> int64 
 
     Frey and Dueck's algorithm (scikit-learn's) on the similarities s_ij = -|w_i - w_j|^2 with the
     preference beta * median_i s_ij for filter j, the diagonal included: Lin et al., EPruner (2021),
-    utils/common.py:100-132. A larger beta gives fewer exemplars. The noise that breaks ties has a
-    fixed seed. Where it does not converge it is run again with more damping and more iterations;
-    the released code would go on without exemplars.
+    utils/common.py:100-132. A larger beta gives fewer exemplars. Where it does not converge it is
+    run again with more damping and more iterations; the released code would go on without
+    exemplars. So that the answer is the same on every machine, the similarities are divided by the
+    largest and rounded, and of copies the first is the exemplar (each filter is made less attractive
+    than the one before, by 1e-9 of the largest distance at most).
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -70,12 +72,16 @@ def exemplars(matrix: Tensor, beta: float = BETA) -> Tensor:  # [n, k] -> int64 
     n = len(matrix)
     if n == 1:
         return torch.zeros(1, dtype=torch.int64)
-    similar = -distances(matrix).square().cpu().numpy()
+    square = distances(matrix).square().cpu().numpy()
+    similar = -np.round(square / max(square.max(), np.finfo(float).tiny), 12)
+    later = 1e-9 * np.arange(n) / n
+    preference = beta * np.median(similar, axis=0) - later
+    similar -= later
     propagate = _affinity_propagation()
     for damping, iterations in _ATTEMPTS:
         model = propagate(
             affinity="precomputed",
-            preference=beta * np.median(similar, axis=0),
+            preference=preference,
             damping=damping,
             max_iter=iterations,
             random_state=0,
@@ -106,8 +112,8 @@ def exemplar(matrix: Tensor, beta: float = BETA) -> Tensor:  # [n, k] -> [n] flo
     norms = matrix.double().norm(dim=1)
     reach = norms + norms[owners]
     within = (far / torch.where(reach > 0, reach, 1)).clamp(max=1)
-    share = torch.bincount(owners, minlength=len(matrix)) / len(matrix)
-    return torch.where(owners == own, 1 + share.double(), within)
+    share = torch.bincount(owners, minlength=len(matrix)).double() / len(matrix)
+    return torch.where(owners == own, 1 + share, within)
 
 
 def _affinity_propagation() -> Any:

@@ -19,6 +19,7 @@ from .redundancy import cosines, is_zero
 from .units import Structure
 
 THRESHOLD = 0.5
+_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ def similarities(model: nn.Module, structure: Structure) -> list[Similar]:
 
     Of two units it is the mean |cosine| of their filters over all filter matrices in which both
     have one (where both have several, of the first with the first and so on); 0 where there is no
-    such matrix, as in groups of depthwise layers alone.
+    such matrix, as in groups of depthwise layers alone. Rounded, so that copies are equally similar
+    on every machine.
     """
     groups = structure.prunable
     sizes = [len(group.units) for group in groups]
@@ -55,7 +57,9 @@ def similarities(model: nn.Module, structure: Structure) -> list[Similar]:
                     sums[i][at.unsqueeze(1), at] += alike[held.unsqueeze(1), held]
                     counts[i][at.unsqueeze(1), at] += 1
     return [
-        Similar(total / count.clamp(min=1), ~awake & (count.diagonal() > 0))
+        Similar(
+            (total / count.clamp(min=1)).round(decimals=_DIGITS), ~awake & (count.diagonal() > 0)
+        )
         for total, count, awake in zip(sums, counts, alive.split(sizes), strict=True)
     ]
 
