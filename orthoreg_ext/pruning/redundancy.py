@@ -62,8 +62,8 @@ def exemplars(matrix: Tensor, beta: float = BETA) -> Tensor:  # [n, k] -> int64 
     utils/common.py:100-132. A larger beta gives fewer exemplars. Where it does not converge it is
     run again with more damping and more iterations; the released code would go on without
     exemplars. So that the answer is the same on every machine, the similarities are divided by the
-    largest and rounded, and of copies the first is the exemplar (each filter is made less attractive
-    than the one before, by 1e-9 of the largest distance at most).
+    largest and rounded, and of copies the first is the exemplar: each filter is made a little less
+    attractive than the one before, by 1e-9 in all.
 
     Raises:
         ImportError: scikit-learn is not installed.
