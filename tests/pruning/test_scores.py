@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from orthoreg_ext.pruning import CRITERIA, prune
+from orthoreg_ext.pruning import CRITERIA, Criterion, prune, variety
 from orthoreg_ext.pruning.calibration import mean_gradients
 from orthoreg_ext.pruning.evidence import Evidence
 from orthoreg_ext.pruning.structure import trace
@@ -257,3 +258,158 @@ def test_channels_that_cannot_go_do_not_count(lowest: range, x: Tensor) -> None:
     result = prune(model, x, criterion="bn_scale", ratio=0.5, scope="local", ignored=["c"])
     removed = {entry["layer"]: entry["removed"] for entry in result.history}
     assert removed == {"a": list(lowest), "b": [0, 4]}
+
+
+# ---- input channels
+
+
+def reads(module: Any, tensor: Tensor) -> Tensor:
+    """The entries of every input channel, [inputs, ...], group by group."""
+    if getattr(module, "transposed", False):
+        return tensor.flatten(1)
+    groups = getattr(module, "groups", 1)
+    parts = [part.transpose(0, 1).flatten(1) for part in tensor.chunk(groups)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", sorted(FORMULAS))
+@pytest.mark.parametrize("net", [VGG, Grouped, Separable, Transposed])
+def test_input_channels_are_scored_by_the_entries_that_read_them(
+    name: str, net: Any, x: Tensor
+) -> None:
+    model = randomised(net())
+    loss = (lambda out, y: out.pow(2).mean()) if net is Transposed else f.cross_entropy
+    data = batches(count=1)
+    got = scores(model, x, name, data, loss=loss, dim="in")
+    both = scores(model, x, name, data, loss=loss, dim="both")
+    grads = gradients_of(model, data, loss)
+    assert len(got) >= 3
+    assert {side for _, side in both} == {"in", "out"}
+    for (layer, side), values in got.items():
+        module = model.get_submodule(layer)
+        assert side == "in"
+        w, g = (
+            reads(module, t) for t in (module.weight.detach().double(), grads[f"{layer}.weight"])
+        )
+        expected = FORMULAS[name](w, g)
+        assert len(expected) == getattr(module, "in_channels", getattr(module, "in_features", 0))
+        torch.testing.assert_close(
+            values, expected, rtol=1e-3, atol=1e-5 * float(expected.max()), msg=f"{layer} {name}"
+        )
+        assert torch.equal(both[layer, "in"], values)
+
+
+def test_prune_by_input_channels_takes_those_that_nothing_reads(x: Tensor) -> None:
+    model = VGG()
+    with torch.no_grad():
+        model.conv2.weight[:, [1, 5]] *= 1e-3
+        model.fc1.weight.unflatten(1, (16, 4))[:, 7] *= 1e-3
+    result = prune(model, x, criterion="l1", dim="in", ratio=3 / 46 + 1e-6)
+    removed = {entry["layer"]: entry["removed"] for entry in result.history}
+    assert removed == {"conv1": [1, 5], "conv3": [7]}
+    assert result.settings["dim"] == "in"
+
+
+# ---- every criterion
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("name", sorted(CRITERIA))
+def test_every_criterion_prunes(name: str, scope: str, x: Tensor) -> None:
+    model = randomised(ResNet()).train()
+    result = prune(model, x, criterion=name, scope=scope, ratio=0.4, data=batches(), rounds=2)
+    assert result.after.filters < result.before.filters
+    assert json.loads(json.dumps(result.settings))["criterion"] == name
+    assert bool(model(x).isfinite().all())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "max", "first"])
+@pytest.mark.parametrize("name", ["fpgm", "repr", "exemplar", "grasp", "rdt", "bn_taylor"])
+def test_units_reduce_every_criterion(name: str, reduction: str, x: Tensor) -> None:
+    model = randomised(ResNet())
+    structure = trace(model, x)
+    evidence = Slots(name, model, structure, batches(), reduction=reduction)
+    object.__setattr__(evidence, "found", {})
+    values = CRITERIA[name].score(evidence)
+    index = next(i for i, g in enumerate(structure.prunable) if g.name == "layer2.conv2")
+    layers = (
+        ("layer2.bn2", "layer2.short.1", "layer3.bn2")
+        if name == "bn_taylor"
+        else ("layer2.conv2", "layer2.short.0", "layer3.conv2")
+    )
+    rows = torch.stack([evidence.found[layer, "out"] for layer in layers])
+    expected = {"mean": rows.mean(0), "sum": rows.sum(0), "max": rows.amax(0), "first": rows[0]}
+    torch.testing.assert_close(values[index], expected[reduction], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("how", ["mean", "max", "sum"])
+def test_normalize_divides_by_the_size_of_negative_scores(how: str, x: Tensor) -> None:
+    model = VGG()
+    structure = trace(model, x)
+    raw = CRITERIA["repr"].score(Evidence("repr", model, structure))
+    scaled = CRITERIA["repr"].score(Evidence("repr", model, structure, normalize=how))
+    for before, after in zip(raw, scaled, strict=True):
+        torch.testing.assert_close(after, before / getattr(before.abs(), how)())
+
+
+def test_zero_filters_and_zero_gradients_have_scores(x: Tensor) -> None:
+    for name in CRITERIA:
+        model = randomised(ResNet())
+        with torch.no_grad():
+            model.layer1.conv1.weight[:3] = 0
+            model.layer3.conv1.weight.zero_()
+        structure = trace(model, x)
+        values = CRITERIA[name].score(Evidence(name, model, structure, batches()))
+        assert all(bool(v.isfinite().all()) for v in values), name
+
+
+def test_a_row_of_ones_own_is_a_criterion(x: Tensor) -> None:
+    def last(evidence: Evidence) -> list[Tensor]:
+        return [-g.units.double() for g in evidence.structure.prunable]
+
+    result = prune(VGG(), x, criterion=Criterion("last", "-i", last), ratio=0.25, scope="local")
+    assert result.history[0] == {"round": 1, "layer": "conv1", "removed": [6, 7], "filters": 6}
+    assert result.settings["criterion"] == "last"
+
+
+def test_the_host_decides_how_much_each_group_loses(x: Tensor) -> None:
+    model, other = VGG(), VGG()
+    other.load_state_dict(model.state_dict())
+    widths = [
+        {row.name: row.after for row in prune(net, x, criterion=c, ratio=0.5).layers}
+        for net, c in ((model, "l2"), (other, variety("l2")))
+    ]
+    assert widths[0] == widths[1]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"criterion": "fpgm", "dim": "in"}, "criterion 'fpgm' does not score input channels"),
+    ({"criterion": variety("repr"), "dim": "both"}, r"'variety\(repr, pairwise\)' does not score"),
+    ({"criterion": "l1", "dim": 1}, "unknown dim 1"),
+    ({"criterion": "group_fisher", "group_reduction": "sum"}, "sums over the layers of a group"),
+    ({"criterion": "grasp"}, "'grasp' is computed on samples, not from .grad: pass data"),
+    ({"criterion": "rdt"}, "'rdt' is computed on samples"),
+    ({"criterion": "group_fisher"}, "'group_fisher' is computed on samples"),
+    ({"criterion": variety("grasp")}, "'variety.grasp, pairwise.' is computed on samples"),
+    ({"criterion": "grasp", "data": iter(batches())}, "is a list_iterator, .* reads it twice"),
+    ({"criterion": "rdt", "data": []}, "data is empty"),
+    ({"criterion": "group_fisher", "data": []}, "data is empty"),
+    ({"criterion": "bn_taylor"}, "'bn_taylor' needs a BatchNorm .* behind layer 'fc1'"),
+    ({"criterion": "vareity"}, "did you mean 'variety'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_what_cannot_be_scored_is_refused_before_anything_changes(
+    options: dict[str, Any], message: str, x: Tensor
+) -> None:
+    model = VGG()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        prune(model, x, ratio=0.3, **options)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_rdt_needs_logits(x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"output is \(6, 3, 8, 8\), but 'rdt' needs logits"):
+        prune(Transposed(), x, criterion="rdt", ratio=0.3, data=batches())
