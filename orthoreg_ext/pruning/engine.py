@@ -171,19 +171,27 @@ class Engine:
         Raises:
             ValueError: a gradient is missing, or a score is not finite.
         """
+        return self.rules.row.score(self.evidence(data, loss))
+
+    def evidence(self, data: Iterable[Any] | None = None, loss: Loss | None = None) -> Evidence:
+        """What a criterion can read of the model as it is now; for methods with their own scores.
+
+        Args:
+            data: as for :meth:`score`.
+            loss: as for :meth:`score`.
+        """
         rules = self.rules
-        evidence = Evidence(
-            rules.row.name,
-            self.model,
-            self.structure,
-            data if rules.row.needs_grad else None,
-            loss,
-            rules.bias,
-            rules.dim,
-            rules.group_reduction,
-            rules.normalize,
+        return Evidence(
+            name=rules.row.name,
+            model=self.model,
+            structure=self.structure,
+            data=data if rules.row.needs_grad else None,
+            loss=loss,
+            bias=rules.bias,
+            dim=rules.dim,
+            reduction=rules.group_reduction,
+            normalize=rules.normalize,
         )
-        return rules.row.score(evidence)
 
     def pools(self, scores: Sequence[Tensor] | None = None) -> list[Pool]:
         """The prunable groups as selection sees them; without scores all units are equal."""
