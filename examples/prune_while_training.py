@@ -1,4 +1,4 @@
-"""Prunes a small network while it trains, with one of the methods: python examples/prune_while_training.py
+"""Prunes a small network while it trains, by a method: python examples/prune_while_training.py
 
 Needs scikit-learn for its digits (pip install "orthoreg_ext[cli]"); takes some seconds.
 """

@@ -22,7 +22,7 @@ from .methods import (
 from .prune import prune
 from .result import LayerWidth, PruneResult, RoundError
 from .schedule import split_ratio
-from .scores import CRITERIA, Criterion
+from .scores import CRITERIA, Criterion, exemplar, variety
 
 __all__ = [
     "CRITERIA",
@@ -46,8 +46,10 @@ __all__ = [
     "Slimming",
     "SoftFilter",
     "count",
+    "exemplar",
     "orthogonalise",
     "prune",
     "replay",
     "split_ratio",
+    "variety",
 ]

@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...regularizer import OrthoRegularizer
 from ..result import PruneResult
 from ..schedule import check_ratio
-from ..scores import CRITERIA
 from .checks import positive, steps
 from .method import Method
 from .regularised import Phased
@@ -78,9 +77,9 @@ class EarlyBird(Method):
         self.duration = steps("duration", duration)
         super().__init__(model, example_inputs, **arguments)
         check_ratio(self.ratio)
-        if CRITERIA[self.engine.rules.criterion].needs_grad:
+        if self.engine.rules.row.needs_grad:
             raise ValueError(
-                f"criterion {self.engine.rules.criterion!r} needs gradients over data, which this "
+                f"criterion {self.engine.rules.row.name!r} needs gradients over data, which this "
                 "method does not take; use 'bn_scale', 'l1' or 'l2', or the method OrthoReg"
             )
         self.engine.score()  # refuses a layer without a BatchNorm now, not after the training

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import unknown_name
+from .. import redundancy
 from ..engine import Engine
 from ..selection import blocks_of
 from .checks import positive
 from .method import Method
-from .rows import compared_slots, matrices_of
+from .rows import compared_slots
 
 EXEMPLAR = 2.0  # the score of a unit that stays; those of others are in [0, 1]
 
@@ -56,7 +54,7 @@ class EPruner(Method):
         TypeError, ValueError: an argument is wrong; nothing was changed.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {"criterion": "l2", "scope": "local"}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"criterion": "exemplar", "scope": "local"}
 
     def __init__(
         self,
@@ -73,7 +71,7 @@ class EPruner(Method):
         for name in ("ratio", "criterion", "scope"):
             if name in arguments:
                 raise ValueError(f"EPruner finds by itself what to keep; leave {name} out")
-        affinity_propagation()
+        redundancy._affinity_propagation()  # refuses to start without scikit-learn
         super().__init__(model, example_inputs, ratio=None, **arguments)
         known = {name for group in self.engine.structure.prunable for name in group.layers}
         for name in self.betas:
@@ -97,8 +95,13 @@ class EPruner(Method):
             score = torch.full((len(units),), EXEMPLAR, dtype=torch.float64)
             for alike in _alike(units, vectors):
                 matrix = torch.stack([vectors[units[i]] for i in alike])
+                if not torch.isfinite(matrix).all():
+                    raise ValueError(
+                        f"layer {group.name!r} has NaN or infinite weights: its filters cannot be "
+                        "compared"
+                    )
                 try:
-                    owners = exemplars(matrix, beta)
+                    owners = redundancy.exemplars(matrix, beta)
                 except ValueError as error:
                     raise ValueError(f"layer {group.name!r}: {error}") from error
                 far = (matrix - matrix[owners]).norm(dim=1)
@@ -157,11 +160,9 @@ class EPruner(Method):
 def unit_vectors(engine: Engine) -> dict[int, Tensor]:  # unit -> [k] float64, CPU
     """All filters of each unit, one after the other."""
     parts: dict[int, list[Tensor]] = defaultdict(list)
-    for entry in compared_slots(engine):
-        matrices = [matrix.double().cpu() for matrix in matrices_of(entry)]
-        for unit, row in zip(
-            entry.slot.units.tolist(), (r for m in matrices for r in m), strict=True
-        ):
+    for entry in compared_slots(engine, "exemplar")[1]:
+        rows = torch.cat(entry.matrices()).cpu()
+        for unit, row in zip(entry.slot.units.tolist(), rows, strict=True):
             parts[unit].append(row)
     return {unit: torch.cat(rows) for unit, rows in parts.items()}
 
@@ -176,46 +177,3 @@ def _alike(units: list[int], vectors: dict[int, Tensor]) -> list[list[int]]:
     for i, unit in enumerate(units):
         found[len(vectors[unit])].append(i)
     return list(found.values())
-
-
-def exemplars(matrix: Tensor, beta: float) -> Tensor:  # [n, k] -> [n] int64
-    """The exemplar of every row by affinity propagation, the same in every run.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-        ValueError: rows are not finite, or it converges with no damping.
-    """
-    if not torch.isfinite(matrix).all():
-        raise ValueError("its filters have NaN or infinite entries")
-    if len(matrix) == 1:
-        return torch.zeros(1, dtype=torch.int64)
-    similar = -torch.cdist(matrix, matrix, compute_mode="donot_use_mm_for_euclid_dist").square()
-    for damping, iterations in ((0.5, 200), (0.7, 1000), (0.9, 2000), (0.97, 5000)):
-        model = affinity_propagation()(
-            affinity="precomputed",
-            preference=beta * np.median(similar.numpy(), axis=0),
-            damping=damping,
-            max_iter=iterations,
-            random_state=0,
-        )
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model.fit(similar.numpy())
-        failed = any(w.category.__name__ == "ConvergenceWarning" for w in caught)
-        if not failed and len(model.cluster_centers_indices_):
-            return torch.as_tensor(model.cluster_centers_indices_[model.labels_]).long()
-    raise ValueError(f"affinity propagation does not converge with beta={beta}; try another")
-
-
-def affinity_propagation() -> Any:
-    """scikit-learn's class.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        return importlib.import_module("sklearn.cluster").AffinityPropagation
-    except ImportError as error:
-        raise ImportError(
-            "EPruner needs scikit-learn for its affinity propagation: pip install scikit-learn"
-        ) from error

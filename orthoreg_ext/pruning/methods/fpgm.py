@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ... import functional
 from ..held import Spread
+from ..redundancy import distances
 from ..schedule import check_ratio
 from .checks import positive, steps
 from .method import Method
@@ -51,7 +51,7 @@ class FPGM(Method):
         chosen: the units that are at zero, [r] int64.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {"criterion": "l2", "scope": "local"}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"criterion": "fpgm", "scope": "local"}
 
     def __init__(
         self,
@@ -105,11 +105,11 @@ class FPGM(Method):
         return self.holders.spread(factors, biases=self.silence, norms=self.silence)
 
     def _choose(self) -> Tensor:  # [r] int64
-        norms = self.engine.score()
+        norms = scores_by_matrix(self.engine, "fpgm", lambda rows, _: rows.norm(dim=1))
         small = self.engine.select(norms, self.norm_ratio)
         groups = self.engine.structure.prunable
         others = torch.cat([group.units[~torch.isin(group.units, small)] for group in groups])
-        scores = scores_by_matrix(self.engine, distance_sums, others)
+        scores = scores_by_matrix(self.engine, "fpgm", distance_sums, others)
         for group, score, norm in zip(groups, scores, norms, strict=True):
             chosen = torch.isin(group.units, small)
             score[chosen] = norm[chosen] - 1 - norm.max()  # below every distance, in their order
@@ -132,5 +132,4 @@ class FPGM(Method):
 
 def distance_sums(rows: Tensor, others: Tensor) -> Tensor:  # [n, k], [n] -> [n]
     """The sum of the distances of each row to the others."""
-    distances = functional.filter_distances([rows])[0]
-    return (distances * others.to(distances.dtype)).sum(1)
+    return (distances(rows) * others).sum(1)

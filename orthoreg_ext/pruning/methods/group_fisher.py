@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import choose
 from ...layers import layer_kind
+from ..activations import FREED, Contributions
 from ..inputs import call_examples, device_of, to_device, undisturbed
 from ..removal import commit, removal_edits
 from ..result import PruneResult
@@ -18,10 +19,8 @@ from ..schedule import check_ratio
 from ..selection import Block, blocks_of
 from ..units import Slot
 from .checks import steps
-from .contributions import Contributions
 from .method import Method
 
-FREED = ("memory", "macs", "nothing")
 TARGETS = ("filters", "params", "macs")
 
 
@@ -64,7 +63,7 @@ class GroupFisher(Method):
             changed.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {"criterion": "l1", "scope": "global"}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"criterion": "group_fisher", "scope": "global"}
 
     def __init__(
         self,

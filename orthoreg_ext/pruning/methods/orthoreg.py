@@ -13,7 +13,6 @@ from .. import checks
 from ..calibration import Loss, check_data
 from ..result import PruneResult
 from ..schedule import check_ratio, check_rounds, removed_share
-from ..scores import CRITERIA
 from .checks import steps
 from .method import Method
 from .regularised import Phased
@@ -130,12 +129,12 @@ class OrthoReg(Method):
         self.phased.start()
 
     def _check_data(self, rounds: int) -> None:
-        criterion = self.engine.rules.criterion
+        criterion = self.engine.rules.row
         if self.data is not None:
             check_data(self.data, rounds)
-        elif CRITERIA[criterion].needs_grad:
+        elif criterion.needs_grad:
             raise ValueError(
-                f"criterion {criterion!r} needs data=[(input, target), ...] to score on: the "
+                f"criterion {criterion.name!r} needs data=[(input, target), ...] to score on: the "
                 "gradients of training are of one batch and in train mode"
             )
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ... import functional
 from ...layers import FilterLayer
 from ..held import Held, Spread
 from ..layout import one_input_per_group
+from ..redundancy import cosines
 from ..schedule import check_ratio
 from ..units import Slot
 from .checks import steps
@@ -60,7 +60,7 @@ class RePr(Method):
         dropped: the units that are at zero, [r] int64.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {"criterion": "l2", "scope": "global"}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"criterion": "repr", "scope": "global"}
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class RePr(Method):
         return self.holders.spread(self.holders.values(self.dropped, 0.0, rest=1.0))
 
     def _worst(self) -> Tensor:  # [r] int64
-        scores = scores_by_matrix(self.engine, mean_correlations)
+        scores = scores_by_matrix(self.engine, "repr", mean_cosines)
         return self.engine.select([-score for score in scores], check_ratio(self.ratio))
 
     def _drop(self) -> None:
@@ -193,10 +193,9 @@ class RePr(Method):
         self._before = {name: _decode(entry) for name, entry in state["before"].items()}
 
 
-def mean_correlations(rows: Tensor, others: Tensor) -> Tensor:  # [n, k], [n] -> [n]
+def mean_cosines(rows: Tensor, others: Tensor) -> Tensor:  # [n, k], [n] -> [n]
     """The sum of |cos| of each row with the others, over the number of rows."""
-    cosines = functional.filter_correlation([rows])[0].abs().fill_diagonal_(0)
-    return (cosines * others.to(cosines.dtype)).sum(1) / len(rows)
+    return (cosines(rows) * others).sum(1) / len(rows)
 
 
 def orthogonal_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -8,65 +8,51 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine
-from ..scores import CRITERIA, Scored, scored_slots, unit_scores
+from ..evidence import Evidence, Scored
 
 
-def compared_slots(engine: Engine) -> list[Scored]:
-    """The layers of the prunable groups whose filters can be compared with each other.
+def compared_slots(engine: Engine, name: str) -> tuple[Evidence, list[Scored]]:
+    """The layers whose filters a method of that name compares with each other.
 
-    The filters of a depthwise layer see different inputs each, so it says nothing of its group if
-    another layer of the group does.
+    Raises:
+        ValueError: a unit is in none, naming its layer.
     """
-    scored = scored_slots(engine.model, engine.structure, CRITERIA["l1"], bias=False)
-    compared = [entry for entry in scored if not _is_depthwise(entry)]
-    known = torch.cat([entry.slot.units for entry in compared] or [torch.empty(0)])
-    rest = [e for e in scored if _is_depthwise(e) and not torch.isin(e.slot.units, known).any()]
-    return compared + rest
-
-
-def matrices_of(entry: Scored) -> list[Tensor]:  # each [n, k]
-    """The filter matrix of each group of a layer, in at least float32."""
-    assert entry.layer is not None
-    rows = entry.rows(entry.weight.detach()).flatten(1)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return list(rows.to(wide).chunk(entry.layer.groups))
+    rules = engine.rules
+    evidence = Evidence(
+        name,
+        engine.model,
+        engine.structure,
+        bias=rules.bias,
+        reduction=rules.group_reduction,
+        normalize=rules.normalize,
+    )
+    return evidence, evidence.slots("matrices")
 
 
 def scores_by_matrix(
     engine: Engine,
+    name: str,
     compare: Callable[[Tensor, Tensor], Tensor],  # [n, k], [n] -> [n]
-    alive: Tensor | None = None,  # [r] int64
+    others: Tensor | None = None,  # [r] int64
 ) -> list[Tensor]:  # each [u] float64, CPU
     """The score of every unit, reduced over its filters, of every prunable group.
 
     Args:
         engine: of the model.
+        name: of the method, for messages.
         compare: from a filter matrix, and a mask of the filters to compare with, to scores.
-        alive: the units whose filters are compared with; all without it.
+        others: the units whose filters are compared with; all without it.
 
     Raises:
-        ValueError: a score is not finite, naming the layer.
+        ValueError: a score is not finite, or a unit has none, naming the layer.
     """
-    scored, pieces = compared_slots(engine), []
+    evidence, scored = compared_slots(engine, name)
+    rows = []
     for entry in scored:
         mask = torch.ones(len(entry.slot.units), dtype=torch.bool)
-        if alive is not None:
-            mask = torch.isin(entry.slot.units, alive)
-        matrices = matrices_of(entry)
-        masks = mask.to(entry.weight.device).chunk(len(matrices))
-        rows = [compare(m, part) for m, part in zip(matrices, masks, strict=True)]
-        piece = torch.cat(rows).double().cpu()
-        if not torch.isfinite(piece).all():
-            raise ValueError(
-                f"the filters of layer {entry.slot.layer!r} cannot be compared: their scores are "
-                "not finite. Look for NaN or infinity in its weights"
-            )
-        pieces.append(piece)
-    rules = engine.rules
-    return unit_scores(
-        engine.structure.prunable, scored, pieces, rules.group_reduction, rules.normalize
-    )
-
-
-def _is_depthwise(entry: Scored) -> bool:
-    return entry.layer is not None and entry.layer.filters == entry.layer.groups > 1
+        if others is not None:
+            mask = torch.isin(entry.slot.units, others)
+        masks = mask.to(entry.weight.device).chunk(entry.groups)
+        parts = zip(entry.matrices(), masks, strict=True)
+        rows.append(torch.cat([compare(matrix, part) for matrix, part in parts]))
+    return evidence.units(scored, rows)
