@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -86,6 +87,9 @@ class GroupFisher(Method):
         self.ratio = ratio
         self._positions, self._areas = self._measure()
         self._full = self._left = self._size(model)
+        self._goal = self._full * (1 - ratio) + 1e-9 * self._full
+        if target == "filters":
+            self._goal = self._full - math.floor(ratio * self._full + 1e-9)  # as prune counts
         self._check_reachable(ratio)
         self._check_read()
         self._fisher = torch.zeros(self._units, dtype=torch.float64)
@@ -102,8 +106,7 @@ class GroupFisher(Method):
 
     @property
     def done(self) -> bool:  # noqa: D102
-        assert self.ratio is not None
-        return super().done or self.share >= self.ratio - 1e-9
+        return super().done or self._left <= self._goal
 
     def before_step(self) -> None:  # noqa: D102
         self._gather()
@@ -276,8 +279,9 @@ class GroupFisher(Method):
         ]
         smallest = copy.deepcopy(self.model)
         commit(removal_edits(smallest, self.engine.structure, torch.cat(units)) if units else [])
-        most = 1 - self._size(smallest) / self._full
-        if most < ratio:
+        least = self._size(smallest)
+        if least > self._goal:
+            most = 1 - least / self._full
             raise ValueError(
                 f"ratio={ratio} of the {self.target} cannot go: at most {most:.3f} with every "
                 "layer at its limit; lower ratio or raise max_layer_ratio"

@@ -122,7 +122,7 @@ class OrthoReg(Method):
             raise ValueError("OrthoReg needs optimizer=, which the regulariser is attached to")
         self.phased = Phased(
             model,
-            regularizer or OrthoRegularizer(model, strength=strength),
+            OrthoRegularizer(model, strength=strength) if regularizer is None else regularizer,
             self.engine.optimizers,
             keep_weight_decay,
         )

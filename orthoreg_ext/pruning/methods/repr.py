@@ -77,7 +77,7 @@ class RePr(Method):
         self.whole_epochs = steps("whole_epochs", whole_epochs)
         self.dropped_epochs = steps("dropped_epochs", dropped_epochs)
         self.rounds = steps("rounds", rounds)
-        self.zero_inputs, self.seed = zero_inputs, steps("seed", seed, zero=True)
+        self.zero_inputs, self.seed = bool(zero_inputs), steps("seed", seed, zero=True)
         if "criterion" in arguments:
             raise ValueError("RePr ranks by its own criterion; leave criterion out")
         super().__init__(model, example_inputs, **{"ratio": 0.3, **arguments})

@@ -169,6 +169,15 @@ def test_what_is_freed() -> None:
         torch.testing.assert_close(scores["macs"][i], scores["nothing"][i] / macs)
 
 
+def test_the_share_of_filters_is_rounded_down_as_prune_does() -> None:
+    model = small_net()
+    optimizer = sgd(model)
+    method = make(model, optimizer, ratio=0.3, every=1)
+    while not method.done:
+        train_step(model, optimizer, method)
+    assert sum(widths(model)) == 14 - 4  # of 4.2
+
+
 @pytest.mark.parametrize("target", ["params", "macs"])
 def test_other_targets(target: str) -> None:
     model = small_net()
