@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import choose
-from ...layers import layer_kind
 from ..activations import FREED, Contributions
-from ..inputs import call_examples, device_of, to_device, undisturbed
-from ..removal import commit, removal_edits
+from ..counts import work
 from ..result import PruneResult
 from ..schedule import check_ratio
 from ..selection import Block, blocks_of
@@ -22,7 +20,7 @@ from ..units import Slot
 from .checks import steps
 from .method import Method
 
-TARGETS = ("filters", "params", "macs")
+TARGETS = ("filters", "params", "macs", "memory")
 
 
 class GroupFisher(Method):
@@ -37,8 +35,8 @@ class GroupFisher(Method):
     the unit of smallest s is removed and the sums start from 0, until `ratio` is gone; then the
     method is done, and the authors train on as long as the unpruned net was trained.
 
-    `freed` is the memory that a unit gives back, which is the numbers that the layers in front
-    write for it, or the multiply-accumulates of the layers in front and behind at their present
+    `freed` is the memory that a unit gives back, which is what the layers in front write for it, or
+    the multiply-accumulates of the layers in front and behind at their present
     widths.
 
     Paper against code: the code masks channels while it trains, here they leave at once, with their
@@ -56,7 +54,7 @@ class GroupFisher(Method):
             criterion nor scope.
         example_inputs: as for :class:`~.method.Method`.
         every: d, the steps between two removals: 25 for classification, 10 for detection.
-        target: what `ratio` is a share of: the prunable "filters", all "params", or all "macs".
+        target: what `ratio` is a share of: "filters", "params", "macs" or "memory".
         freed: "memory", "macs" or "nothing": what the sum is divided by.
 
     Raises:
@@ -80,17 +78,11 @@ class GroupFisher(Method):
         for name in ("criterion", "scope"):
             if name in arguments:
                 raise ValueError(f"GroupFisher ranks by its own criterion; leave {name} out")
-        check_ratio(ratio)
         self.every = steps("every", every)
-        self.target, self.freed = choose("target", target, TARGETS), choose("freed", freed, FREED)
-        super().__init__(model, example_inputs, ratio=None, **arguments)
-        self.ratio = ratio
-        self._positions, self._areas = self._measure()
-        self._full = self._left = self._size(model)
-        self._goal = self._full * (1 - ratio) + 1e-9 * self._full
-        if target == "filters":
-            self._goal = self._full - math.floor(ratio * self._full + 1e-9)  # as prune counts
-        self._check_reachable(ratio)
+        self.freed = choose("freed", freed, FREED)
+        choose("target", target, TARGETS)
+        super().__init__(model, example_inputs, ratio=ratio, target=target, **arguments)
+        check_ratio(self.ratio)
         self._check_read()
         self._fisher = torch.zeros(self._units, dtype=torch.float64)
         self._passes = torch.zeros((), dtype=torch.int64)  # in the sums
@@ -99,14 +91,25 @@ class GroupFisher(Method):
         self._handle: Any = None
         self._listen()
 
-    @property
+    @cached_property
     def share(self) -> float:
         """The share of the target that is gone."""
-        return 1 - self._left / self._full
+        if self.engine.rules.target != "filters":
+            return self.engine.saved(torch.empty(0, dtype=torch.int64))
+        pools = self.engine.pools()
+        return sum(pool.gone for pool in pools) / sum(pool.original_filters for pool in pools)
 
     @property
     def done(self) -> bool:  # noqa: D102
-        return super().done or self._left <= self._goal
+        return super().done or self.share >= self._goal - 1e-9
+
+    @cached_property
+    def _goal(self) -> float:
+        ratio = check_ratio(self.ratio)
+        if self.engine.rules.target != "filters":
+            return ratio
+        total = sum(pool.original_filters for pool in self.engine.pools())
+        return math.floor(ratio * total + 1e-9) / total  # as prune counts
 
     def before_step(self) -> None:  # noqa: D102
         self._gather()
@@ -162,7 +165,7 @@ class GroupFisher(Method):
         while not self.done:
             if not int(self._passes):
                 raise ValueError(
-                    f"{self.share:.3f} of the {self.target} are gone, expected {self.ratio}, and "
+                    f"{self.share:.3f} of the {self.engine.rules.target} are gone, expected {self.ratio}, and "
                     "no finite gradient was seen to choose more by; train at least one step first"
                 )
             self._remove_one()
@@ -200,13 +203,14 @@ class GroupFisher(Method):
             first += blocks_of(i, pool, self.engine.rules.limits)[:1]
         if not first:
             raise ValueError(
-                f"{self.share:.3f} of the {self.target} are gone, expected {self.ratio}, but every "
+                f"{self.share:.3f} of the {self.engine.rules.target} are gone, expected {self.ratio}, but every "
                 "layer is at its limit; lower ratio or raise max_layer_ratio"
             )
         least = min(first, key=lambda block: block.score)
         listening = self._collected is not None
         self.remove(groups[least.pool].units[list(least.units)])
-        self._left, self._stale = self._size(self.model), True
+        self.__dict__.pop("share", None)
+        self._stale = True
         if listening:
             self._listen()
 
@@ -217,75 +221,21 @@ class GroupFisher(Method):
     def _filter_slots(self) -> list[Slot]:
         return [slot for slot in self.engine.structure.slots if slot.kind == "filters"]
 
-    def _measure(self) -> tuple[dict[str, float], dict[str, float]]:
-        """For each layer: at how many positions it multiplies its weight, and writes a channel."""
-        positions: dict[str, float] = {}
-        areas: dict[str, float] = {}
-        handles = []
-
-        def watch(name: str, module: Any) -> None:
-            def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-                seen = args[0] if getattr(module, "transposed", False) else output
-                used = seen.numel() * module.weight[0].numel() / module.weight.numel()
-                channels = getattr(module, "out_channels", None) or module.out_features
-                positions[name] = positions.get(name, 0.0) + used
-                areas[name] = areas.get(name, 0.0) + output.numel() / channels
-
-            handles.append(module.register_forward_hook(add))
-
-        for name, module in _layers(self.model):
-            watch(name, module)
-        try:
-            with undisturbed(self.model), torch.no_grad():
-                call_examples(self.model, to_device(self.engine.inputs, device_of(self.model)))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return positions, areas
-
-    def _size(self, model: nn.Module) -> float:
-        if self.target == "params":
-            return sum(p.numel() for p in model.parameters())
-        if self.target == "macs":
-            weights = {name: module.weight for name, module in _layers(model)}
-            return float(sum(p * weights[name].numel() for name, p in self._positions.items()))
-        return sum(int(pool.filters.sum()) for pool in self.engine.pools())
-
     def _freed(self) -> Tensor:  # [units] float64
         """What each unit gives back at the present widths."""
         freed = torch.zeros(len(self._fisher), dtype=torch.float64)
         if self.freed == "nothing":
             return freed + 1
-        weights = {name: module.weight for name, module in _layers(self.model)}
+        done = work(self.model, self.engine.inputs)
         for slot in self._filter_slots():
-            if slot.layer not in self._positions:  # not in this forward pass
+            if slot.layer not in done:
                 continue
-            share = self._areas[slot.layer] if slot.has_filters else 0.0
-            if self.freed == "macs":
-                share = self._positions[slot.layer] * weights[slot.layer].numel() / len(slot.units)
+            layer = done[slot.layer]
+            total = layer.macs if self.freed == "macs" else layer.output_bytes * slot.has_filters
+            share = total / len(slot.units)
             units = slot.units[slot.units >= 0]
             freed.index_add_(0, units, torch.full((len(units),), share, dtype=torch.float64))
         return freed.clamp(min=1.0)
-
-    def _check_reachable(self, ratio: float) -> None:
-        if self.target == "filters":
-            self.engine.check_ratio(ratio)
-            return
-        groups, limits = self.engine.structure.prunable, self.engine.rules.limits
-        units = [
-            groups[i].units[list(block.units)]
-            for i, pool in enumerate(self.engine.pools())
-            for block in blocks_of(i, pool, limits)
-        ]
-        smallest = copy.deepcopy(self.model)
-        commit(removal_edits(smallest, self.engine.structure, torch.cat(units)) if units else [])
-        least = self._size(smallest)
-        if least > self._goal:
-            most = 1 - least / self._full
-            raise ValueError(
-                f"ratio={ratio} of the {self.target} cannot go: at most {most:.3f} with every "
-                "layer at its limit; lower ratio or raise max_layer_ratio"
-            )
 
     def _check_read(self) -> None:
         read = [slot.units for slot in self._filter_slots() if slot.side != "out"]
@@ -298,8 +248,7 @@ class GroupFisher(Method):
                 )
 
     def _settings(self) -> dict[str, Any]:
-        own = ("every", "target", "freed")
-        return {**super()._settings(), **{name: getattr(self, name) for name in own}}
+        return {**super()._settings(), "every": self.every, "freed": self.freed}
 
     def _state(self) -> dict[str, Any]:
         self._gather()
@@ -313,13 +262,8 @@ class GroupFisher(Method):
         self._fisher = torch.tensor(state["fisher"], dtype=torch.float64)
         self._passes = torch.tensor(int(state["passes"]))
         self._stale = bool(state["stale"])
-        self._left = self._size(self.model)
+        self.__dict__.pop("share", None)
         if state["finished"] or self.done:
             self.close()
         else:
             self._listen()
-
-
-def _layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The convolution and linear layers by name."""
-    return [(name, module) for name, module in model.named_modules() if layer_kind(module)]

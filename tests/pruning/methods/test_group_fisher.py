@@ -122,9 +122,9 @@ def test_the_schedule() -> None:
         sums = [a + b for a, b in zip(sums, found, strict=True)]
         before = widths(model)
         train_step(model, optimizer, method)
-        if method.steps % 2:  # a channel of either layer is 36 numbers, for each of two examples
+        if method.steps % 2:  # a channel of either layer is 36 numbers of 4 bytes, for each of two examples
             for score, expected in zip(ranked(method), sums, strict=True):
-                torch.testing.assert_close(score, expected.double() / 72, rtol=1e-3, atol=1e-9)
+                torch.testing.assert_close(score, expected.double() / 288, rtol=1e-3, atol=1e-9)
         else:
             left -= 1
             least = torch.cat(sums).argmin().item()
@@ -162,9 +162,9 @@ def test_what_is_freed() -> None:
         f.cross_entropy(model(x), torch.zeros(1).long()).backward()
         scores[freed] = ranked(method)
         method.close()
-    # numbers written: 6 x 6 and 3 x 3 positions
+    # bytes written: 6 x 6 and 3 x 3 positions
     # MACs: 36 * 2 * 9 of its own and 9 * 8 behind; 9 * 6 of its own and 4 behind
-    for i, (memory, macs) in enumerate([(36, 36 * 18 + 9 * 8), (9, 9 * 6 + 4)]):
+    for i, (memory, macs) in enumerate([(4 * 36, 36 * 18 + 9 * 8), (4 * 9, 9 * 6 + 4)]):
         torch.testing.assert_close(scores["memory"][i], scores["nothing"][i] / memory)
         torch.testing.assert_close(scores["macs"][i], scores["nothing"][i] / macs)
 
@@ -178,7 +178,7 @@ def test_the_share_of_filters_is_rounded_down_as_prune_does() -> None:
     assert sum(widths(model)) == 14 - 4  # of 4.2
 
 
-@pytest.mark.parametrize("target", ["params", "macs"])
+@pytest.mark.parametrize("target", ["params", "macs", "memory"])
 def test_other_targets(target: str) -> None:
     model = small_net()
     optimizer = sgd(model)
@@ -303,12 +303,13 @@ def test_frozen_layers_stay() -> None:
     ("arguments", "message"),
     [
         ({"every": 0}, "every is 0"),
+        ({"target": "latency"}, "unknown target 'latency'"),
         ({"target": "flops"}, "unknown target 'flops'"),
         ({"freed": "time"}, "unknown freed 'time'"),
         ({"ratio": 1}, "ratio is 1"),
         ({"ratio": 0.99}, "would empty a layer"),
-        ({"ratio": 0.999, "target": "macs"}, "of the macs cannot go"),
-        ({"ratio": 0.999, "target": "params"}, "of the params cannot go"),
+        ({"ratio": 0.999, "target": "macs"}, "target='macs' cannot be reached"),
+        ({"ratio": 0.999, "target": "params"}, "target='params' cannot be reached"),
         ({"criterion": "l1"}, "leave criterion out"),
         ({"scope": "local"}, "leave scope out"),
     ],
