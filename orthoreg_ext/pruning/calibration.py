@@ -47,12 +47,12 @@ class Batch:
     size: int  # samples
 
     def loss(self, output: Any, loss: Loss | None, temperature: float = 1.0) -> Tensor:  # []
-        """The mean loss; cross entropy, of logits divided by the temperature, by default.
+        """The mean loss, by default cross entropy, which is of logits over the temperature.
 
         Raises:
             ValueError: it is no finite scalar.
         """
-        if loss is None:
+        if loss is None or loss is functional.cross_entropy:
             scaled = output if temperature == 1 else output / temperature
             value: Tensor = functional.cross_entropy(scaled, self.target)
         else:
@@ -114,7 +114,7 @@ def mean_gradients(
         parameters: name -> those to differentiate by; frozen ones are allowed.
         data: (input, target) batches; an input may be a tensor, a tuple of arguments or a dict.
         loss: (output, target) -> scalar mean over the batch; cross entropy by default.
-        temperature: divides the logits of the default loss.
+        temperature: divides the logits of cross entropy.
 
     Returns:
         name -> gradient, shaped as the parameter; float32 for half-precision parameters.
@@ -152,7 +152,7 @@ def hessian_gradients(
         parameters: name -> those whose entries of H g are wanted.
         data: as for :func:`mean_gradients`; read twice.
         loss: as for :func:`mean_gradients`.
-        temperature: divides the logits of the default loss, 200 in OrthoReg's released code
+        temperature: divides the logits of cross entropy, 200 in OrthoReg's released code
             (imp_estimator.py:74-109); a loss of one's own is taken as it is.
 
     Returns:

@@ -261,7 +261,8 @@ def test_exemplars(beta: float, dtype: torch.dtype) -> None:
     pytest.importorskip("sklearn")
     for seed in SEEDS:
         w, g = case(seed)
-        got = scored(exemplar(beta), chain(w, g, dtype), len(w))
+        row = "exemplar" if beta == 0.73 else exemplar(beta)
+        got = scored(row, chain(w, g, dtype), len(w))
         want = exemplar_scores(rows(w), beta)
         compare(got, want, dtype)
 

@@ -199,6 +199,9 @@ def test_depthwise_filters_are_never_compared(name: str, x: Tensor) -> None:
     after = units_of(model, x, name)
     if name != "variety":  # its host, l1, does read them
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        rule = {"fpgm": redundancy.fpgm, "repr": redundancy.repr_, "exemplar": redundancy.exemplar}
+        stem = rule[name](model.stem.weight.detach().flatten(1))
+        assert any(a.shape == stem.shape and torch.allclose(a, stem) for a in after)
     alike = alike_of(model, x, "stem")
     cosines = redundancy.cosines(model.stem.weight.detach().flatten(1))
     torch.testing.assert_close(alike, cosines, rtol=0, atol=1e-11)

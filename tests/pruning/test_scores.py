@@ -413,3 +413,17 @@ def test_what_cannot_be_scored_is_refused_before_anything_changes(
 def test_rdt_needs_logits(x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"output is \(6, 3, 8, 8\), but 'rdt' needs logits"):
         prune(Transposed(), x, criterion="rdt", ratio=0.3, data=batches())
+
+
+def test_grasp_has_its_temperature_for_cross_entropy_only(x: Tensor) -> None:
+    model = randomised(VGG())
+    structure = trace(model, x)
+
+    def values(loss: Any) -> Tensor:
+        evidence = Evidence("grasp", model, structure, batches(), loss)
+        return torch.cat(CRITERIA["grasp"].score(evidence))
+
+    assert torch.equal(values(None), values(f.cross_entropy))
+    assert torch.equal(values(None), values(lambda out, y: f.cross_entropy(out / 200, y)))
+    own = values(lambda out, y: f.cross_entropy(out, y))
+    assert float(own.abs().max()) > 1e3 * float(values(None).abs().max())
