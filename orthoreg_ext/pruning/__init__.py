@@ -3,8 +3,8 @@
 from .checkpoint import replay
 from .counts import Counts, count
 from .methods import TPP
-from .prune import prune
-from .result import LayerWidth, PruneResult, RoundError
+from .prune import plan, prune
+from .result import LayerWidth, PrunePlan, PruneResult, RoundError
 from .schedule import split_ratio
 from .scores import CRITERIA, Criterion
 
@@ -14,9 +14,11 @@ __all__ = [
     "Counts",
     "Criterion",
     "LayerWidth",
+    "PrunePlan",
     "PruneResult",
     "RoundError",
     "count",
+    "plan",
     "prune",
     "replay",
     "split_ratio",
