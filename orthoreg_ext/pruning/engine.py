@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -278,21 +278,9 @@ class Engine:
                 if len(step) == len(blocks):
                     return
 
-    @contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """Takes back all that is removed inside; optimizers and the copy stay as they are.
-
-        Raises:
-            ValueError: an optimizer's state could not follow.
-        """
-        for optimizer in self.optimizers:
-            check_optimizer(optimizer, self.model)
-        followers, self.optimizers, self.ema = (self.optimizers, self.ema), [], None
-        try:
-            with self._undone(always=True):
-                yield
-        finally:
-            self.optimizers, self.ema = followers
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """Inside, units may be removed; all of it is taken back at the end, bit for bit."""
+        return self._undone(always=True)
 
     def replay(self, history: Sequence[dict[str, Any]]) -> None:
         """Repeats the cuts of a history on the unpruned model, e.g. to resume.

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orthoreg_ext.pruning import PrunePlan, count, plan, prune
-from orthoreg_ext.pruning.engine import Engine
+from orthoreg_ext.pruning import PrunePlan, count, latency, plan, prune
+from orthoreg_ext.pruning.engine import Engine, Rules
 
 from .nets import IMAGE, VGG, ResNet, Shuffled, batches, randomised
 
@@ -94,6 +94,22 @@ def test_every_kind_of_run_can_be_planned(options: dict[str, Any], x: Tensor) ->
     assert (planned.history, planned.after) == (done.history, done.after)
 
 
+def test_a_latency_can_be_planned(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomised(VGG())
+    work = lambda m: count(m, x).macs  # noqa: E731
+    monkeypatch.setattr(
+        latency, "time_ratio", lambda before, after, _: (work(after) / work(before), "quiet")
+    )
+    options: dict[str, Any] = {"criterion": "l1", "target": "latency", "ratio": 0.4, "rounds": 2}
+    before = everything(model)
+    planned = plan(model, x, **options)
+    assert_same(before, everything(model))
+    done = prune(model, x, **options)
+    assert (planned.history, planned.latency) == (done.history, done.latency)
+    assert done.saved["latency"] == pytest.approx(done.saved["macs"])
+    assert 0.4 <= done.saved["macs"] < 0.5
+
+
 def test_a_copy_that_follows_is_left_alone(x: Tensor) -> None:
     model = VGG()
     ema = copy.deepcopy(model)
@@ -172,6 +188,20 @@ def test_a_plan_that_fails_later_takes_all_back(x: Tensor, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="rehearsal failed, nothing was changed: round 2 of 3"):
         plan(model, x, criterion="l1", rounds=3)
     assert_same(before, everything(model))
+
+
+def test_a_rehearsal_leaves_the_engine_ready_for_the_performance(x: Tensor) -> None:
+    model = VGG()
+    engine = Engine(model, x, Rules("l1"))
+    units = engine.select(engine.score(), 0.4)
+    for _ in range(2):
+        with engine.rehearsal():
+            engine.remove(units)
+            assert engine.rounds == 1
+            assert engine.history
+        assert (engine.rounds, engine.history) == (0, [])
+    engine.remove(units)
+    assert {entry["round"] for entry in engine.history} == {1}
 
 
 def test_an_interrupt_takes_all_back(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
