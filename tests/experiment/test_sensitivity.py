@@ -13,8 +13,6 @@ from orthoreg_ext.experiment import sensitivity
 from orthoreg_ext.experiment.data import load_dataset
 from orthoreg_ext.experiment.models import build_model
 
-pytest.importorskip("torch_pruning", reason="the pruning extra is not installed")
-
 SHAPE = (1, 8, 8)
 COMMAND = ["sensitivity", "vgg", "--ratios=0.5,0.9", "--samples=64", "--device=cpu", "--quiet"]
 
