@@ -17,9 +17,14 @@ def kinds(model: nn.Module, structure: Structure) -> list[Hashable]:
     Isomorphic pruning (Fang et al., ECCV 2024, arXiv 2407.04616) ranks only sub-structures of the
     same computational topology together, since the scores of others differ in scale. Here a group
     is described by all layers that its units run through: for each its class, the kind of
-    convolution, the side that is cut and how many of its channels a unit takes, in no order. Widths
-    and kernel sizes do not count, as in the paper. Isomorphic groups always have the same
-    description; groups of the same layers in another wiring have it, too, and are taken as alike.
+    convolution, the side that is cut and how many of its channels a unit takes. Widths and kernel
+    sizes do not count.
+
+    Paper against code: the released code (Torch-Pruning, base_pruner.py) compares the edges by
+    class and side in the order in which they were found, so that the same topology in another order
+    is another kind, and a grouped convolution is alike a plain one. Here the order does not count:
+    isomorphic groups always have the same description, and groups of the same layers in another
+    wiring have it, too, and are taken as alike.
     """
     return [_kind(model, structure, group) for group in structure.prunable]
 
