@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from .. import pruning
+from ..analyze import load_weights
 from ..pruning import Sensitivity
 from .data import Samples, load_dataset
-from .extras import require
 from .models import build_model
 from .settings import why_no_gpu
 from .train import accuracy
@@ -37,8 +37,8 @@ def table(
         name: the model, as for ``orthoreg prune``.
         source: the data.
         image_size: side in pixels to which images are resized.
-        weights: a ``.safetensors`` of the model's state, or a folder that a PruneResult was saved
-            in; None: what the factory returns.
+        weights: a state dict (``.safetensors``, or written by ``torch.save``), or a folder that a
+            PruneResult was saved in; None: what the factory returns.
         criterion: ranks the units within a group.
         metric: ``"accuracy"`` in per cent, or ``"loss"``.
         ratios: shares, separated by commas.
@@ -62,8 +62,10 @@ def table(
     data = load_dataset(source, image_size)
     model = build_model(name, num_classes=len(data.classes), image_shape=data.image_shape, seed=0)
     example = torch.zeros(1, *data.image_shape)
-    if weights is not None:
-        model = _loaded(model, example, weights)
+    if weights is not None and weights.is_dir():
+        pruning.replay(model, example, weights)
+    elif weights is not None:
+        load_weights(model, weights)
     where = torch.device(device)
     model, train, test = model.to(where), data.train.to(where), data.test.to(where)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples]
@@ -89,16 +91,3 @@ def loss(model: nn.Module, samples: Samples) -> float:
     """The mean cross entropy."""
     parts = [functional.cross_entropy(model(x), y, reduction="sum") for x, y in samples.batches()]
     return sum(float(part) for part in parts) / len(samples)
-
-
-def _loaded(model: nn.Module, example: Tensor, weights: Path) -> nn.Module:
-    if weights.is_dir():
-        return pruning.replay(model, example, weights)
-    try:
-        model.load_state_dict(require("safetensors.torch").load_file(weights))
-    except FileNotFoundError as error:
-        raise ValueError(f"--weights: there is no file {str(weights)!r}") from error
-    except Exception as error:  # safetensors has its own; load_state_dict a RuntimeError
-        reason = str(error).replace("\n", " ")
-        raise ValueError(f"--weights {str(weights)!r} does not fit the model: {reason}") from error
-    return model

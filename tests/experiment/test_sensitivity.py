@@ -71,7 +71,7 @@ def test_a_pruned_checkpoint_can_be_measured(
         (["--ratios=0.5,1"], "ratio is 1.0, expected a number in"),
         (["--samples=0"], "--samples is 0"),
         (["--weights=none.safetensors"], "--weights: there is no file 'none.safetensors'"),
-        (["--weights=pyproject.toml"], "--weights 'pyproject.toml' does not fit the model"),
+        (["--weights=pyproject.toml"], "--weights is 'pyproject.toml'; expected a state dict"),
         (["--criterion=l3"], "unknown criterion 'l3'"),
         (["--data=nothing"], "unknown data 'nothing'"),
         (["--json=no/such/folder.json"], "--json: there is no folder 'no/such'"),
