@@ -19,10 +19,11 @@ from .methods import (
     SoftFilter,
     orthogonalise,
 )
-from .prune import prune
-from .result import LayerWidth, PruneResult, RoundError
+from .prune import plan, prune
+from .result import LayerWidth, PrunePlan, PruneResult, RoundError
 from .schedule import split_ratio
 from .scores import CRITERIA, Criterion, exemplar, variety
+from .sensitivity import GroupSensitivity, Sensitivity, sensitivity
 
 __all__ = [
     "CRITERIA",
@@ -35,21 +36,26 @@ __all__ = [
     "GReg1",
     "GReg2",
     "GroupFisher",
+    "GroupSensitivity",
     "IncReg",
     "LayerWidth",
     "OrthP",
     "OrthoReg",
     "Phase",
+    "PrunePlan",
     "PruneResult",
     "RePr",
     "RoundError",
+    "Sensitivity",
     "Slimming",
     "SoftFilter",
     "count",
     "exemplar",
     "orthogonalise",
+    "plan",
     "prune",
     "replay",
+    "sensitivity",
     "split_ratio",
     "variety",
 ]

@@ -103,6 +103,11 @@ class GroupFisher(Method):
     def done(self) -> bool:  # noqa: D102
         return super().done or self.share >= self._goal - 1e-9
 
+    @property
+    def _progress(self) -> str:
+        target = self.engine.rules.target
+        return f"{self.share:.3f} of the {target} are gone, expected {self._goal:.3f}"
+
     @cached_property
     def _goal(self) -> float:
         ratio = check_ratio(self.ratio)
@@ -165,8 +170,8 @@ class GroupFisher(Method):
         while not self.done:
             if not int(self._passes):
                 raise ValueError(
-                    f"{self.share:.3f} of the {self.engine.rules.target} are gone, expected {self.ratio}, and "
-                    "no finite gradient was seen to choose more by; train at least one step first"
+                    f"{self._progress}, and no finite gradient was seen to choose more by; train "
+                    "at least one step first"
                 )
             self._remove_one()
 
@@ -203,8 +208,8 @@ class GroupFisher(Method):
             first += blocks_of(i, pool, self.engine.rules.limits)[:1]
         if not first:
             raise ValueError(
-                f"{self.share:.3f} of the {self.engine.rules.target} are gone, expected {self.ratio}, but every "
-                "layer is at its limit; lower ratio or raise max_layer_ratio"
+                f"{self._progress}, but every layer is at its limit; lower ratio or raise "
+                "max_layer_ratio"
             )
         least = min(first, key=lambda block: block.score)
         listening = self._collected is not None

@@ -122,7 +122,7 @@ def test_the_schedule() -> None:
         sums = [a + b for a, b in zip(sums, found, strict=True)]
         before = widths(model)
         train_step(model, optimizer, method)
-        if method.steps % 2:  # a channel of either layer is 36 numbers of 4 bytes, for each of two examples
+        if method.steps % 2:  # a channel is 36 numbers of 4 bytes, for each of two examples
             for score, expected in zip(ranked(method), sums, strict=True):
                 torch.testing.assert_close(score, expected.double() / 288, rtol=1e-3, atol=1e-9)
         else:
