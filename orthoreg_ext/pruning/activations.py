@@ -94,6 +94,11 @@ class Contributions:
         return read
 
     def _add(self, slot: Slot, index: Tensor, axis: int, value: Tensor, grad: Tensor) -> None:
+        if value.dim() < 2 or value.shape[axis] != len(index):
+            raise ValueError(
+                f"layer {slot.layer!r} reads {tuple(value.shape)}, expected samples first and "
+                f"{len(index)} channels: pass data in batches, as in training"
+            )
         wide = torch.promote_types(value.dtype, torch.float32)
         product = (value.to(wide) * grad.detach().to(wide)).movedim(axis, 1)
         product = product.flatten(2).sum(2) if product.dim() > 2 else product

@@ -150,3 +150,10 @@ def test_a_loss_that_reaches_no_layer_is_refused(x: Tensor) -> None:
 
     with pytest.raises(ValueError, match="no gradient of the loss of batch 0 reaches"):
         prune(VGG(), x, criterion="group_fisher", ratio=0.3, data=batches(), loss=loss)
+
+
+def test_a_sample_without_a_batch_dimension_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    structure, data = trace(model, torch.randn(2, 6)), [(torch.randn(6), torch.tensor(1))]
+    with pytest.raises(ValueError, match=r"layer '2' reads \(5,\), expected samples first and 5"):
+        group_fisher(model, structure, data, loss=lambda out, y: out.square().mean())
