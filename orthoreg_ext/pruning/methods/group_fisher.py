@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import choose
 from ..activations import FREED, Contributions
 from ..counts import work
+from ..inputs import call_examples, device_of, tensors_in, to_device, undisturbed
 from ..result import PruneResult
 from ..schedule import check_ratio
 from ..selection import Block, blocks_of
@@ -47,7 +48,7 @@ class GroupFisher(Method):
     Hooks on the layers read the activations and their gradients in the training's own forward and
     backward passes, of which there may be several a step. They go with :meth:`finish`, with
     :meth:`close`, and when a removal fails. A pass with infinite gradients (a loss scale that was
-    too large) is left out.
+    too large) is left out. The first dimension of what a layer reads has to be that of the samples.
 
     Args:
         model: as for :class:`~.method.Method`, like all that is not named here; there is neither
@@ -84,6 +85,7 @@ class GroupFisher(Method):
         super().__init__(model, example_inputs, ratio=ratio, target=target, **arguments)
         check_ratio(self.ratio)
         self._check_read()
+        self._rehearse()
         self._fisher = torch.zeros(self._units, dtype=torch.float64)
         self._passes = torch.zeros((), dtype=torch.int64)  # in the sums
         self._stale = False  # whether the sums are from before the last removal
@@ -179,6 +181,7 @@ class GroupFisher(Method):
         """Puts the hooks on, for the units as they are now."""
         self.close()
         self._collected = Contributions(self.model, self.engine.structure).__enter__()
+        self._collected.take()  # it need not measure what is freed
 
         def start(model: nn.Module, _: Any) -> None:
             if model is self.model:  # and no copy of it, which has the hooks too
@@ -251,6 +254,15 @@ class GroupFisher(Method):
                     f"no convolution or linear layer reads all channels of layer {group.name!r}, "
                     "so they have no score; list it in ignored"
                 )
+
+    def _rehearse(self) -> None:
+        """Refuses a model whose layers read anything but one row a sample, before it is trained."""
+        with undisturbed(self.model), Contributions(self.model, self.engine.structure) as trial:
+            inputs = to_device(self.engine.inputs, device_of(self.model))
+            outputs = [t for t in tensors_in(call_examples(self.model, inputs)) if t.requires_grad]
+            total = torch.stack([t.float().sum() for t in outputs]).sum()
+            if trial.inputs:
+                torch.autograd.grad(total, trial.inputs, allow_unused=True)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "every": self.every, "freed": self.freed}

@@ -238,6 +238,29 @@ def test_a_pass_that_overflows_is_left_out() -> None:
         assert torch.equal(a, b)
 
 
+class Folded(nn.Module):
+    """Reads every pixel as a sample of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.fc1 = nn.Linear(6, 8)
+        self.fc2 = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = f.relu(self.conv2(f.relu(self.conv1(x))))
+        h = f.relu(self.fc1(h.movedim(1, -1).flatten(0, 2)))
+        return self.fc2(h).unflatten(0, (len(x), -1)).mean(1)
+
+
+def test_samples_that_cannot_be_told_apart_are_refused_at_once() -> None:
+    model = Folded()
+    with pytest.raises(ValueError, match="samples cannot be told apart"):
+        make(model, sgd(model))
+    assert hooks_of(model, sgd(model)) == 0
+
+
 def test_a_failed_removal_takes_the_hooks_off() -> None:
     model = small_net()
     optimizer = sgd(model)
