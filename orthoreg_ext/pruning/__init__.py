@@ -3,10 +3,11 @@
 from .checkpoint import replay
 from .counts import Counts, count
 from .methods import TPP, GReg1, GReg2, IncReg, OrthP, Slimming, SoftFilter, orthogonalise
-from .prune import prune
-from .result import LayerWidth, PruneResult, RoundError
+from .prune import plan, prune
+from .result import LayerWidth, PrunePlan, PruneResult, RoundError
 from .schedule import split_ratio
 from .scores import CRITERIA, Criterion
+from .sensitivity import GroupSensitivity, Sensitivity, sensitivity
 
 __all__ = [
     "CRITERIA",
@@ -15,16 +16,21 @@ __all__ = [
     "Criterion",
     "GReg1",
     "GReg2",
+    "GroupSensitivity",
     "IncReg",
     "LayerWidth",
     "OrthP",
+    "PrunePlan",
     "PruneResult",
     "RoundError",
+    "Sensitivity",
     "Slimming",
     "SoftFilter",
     "count",
     "orthogonalise",
+    "plan",
     "prune",
     "replay",
+    "sensitivity",
     "split_ratio",
 ]
