@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 
@@ -40,6 +41,16 @@ def test_the_rules_of_prune_hold(cls: type[Method], x: Tensor) -> None:
     result = cls(model, x, ratio=0.4, target="macs").finish()
     assert result.after.macs <= 0.6 * result.before.macs
     assert result.after.macs > 0.4 * result.before.macs
+
+
+@pytest.mark.parametrize("cls", GROWING)
+def test_an_averaged_copy_is_cut_alike(cls: type[Method], x: Tensor) -> None:
+    model = ResNet()
+    copied = copy.deepcopy(model)
+    cls(model, x, ema=copied).finish()
+    assert model.stem.weight.shape[0] < 8
+    for ours, theirs in zip(model.parameters(), copied.parameters(), strict=True):
+        assert ours.shape == theirs.shape
 
 
 @pytest.mark.parametrize("cls", GROWING)
