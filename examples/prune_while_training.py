@@ -24,7 +24,7 @@ METHODS: dict[str, Callable[..., ox.pruning.methods.method.Method]] = {
     "greg2": lambda *a, **k: ox.pruning.GReg2(
         *a, pick_delta=1e-3, delta=0.02, every=2, hold=20, **k
     ),
-    "increg": lambda *a, **k: ox.pruning.IncReg(*a, delta=0.02, target=1.0, **k),
+    "increg": lambda *a, **k: ox.pruning.IncReg(*a, delta=0.02, ceiling=1.0, **k),
     "softfilter": lambda *a, **k: ox.pruning.SoftFilter(*a, kind="asrfp", duration=5, **k),
     "slimming": lambda *a, **k: ox.pruning.Slimming(
         *a, strength=1e-2, duration=5, max_layer_ratio=0.75, **k

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -112,11 +113,7 @@ class GReg1(Method):
 
     def _measure(self) -> None:
         """Takes the ratio of magnitudes of each group into its average."""
-        groups, size = self.engine.structure.prunable, self.holders.size
-        side = torch.full((size,), 2 * len(groups), dtype=torch.int64)  # 2 g: kept, 2 g + 1: in S
-        for g, group in enumerate(groups):
-            side[group.units] = 2 * g + torch.isin(group.units, self.chosen).long()
-        side = side.to(self.holders.device)
+        groups, side = self.engine.structure.prunable, self._side
         total = torch.zeros(2 * len(groups) + 1, dtype=torch.float64, device=side.device)
         total.index_add_(0, side, self.holders.magnitudes())
         counts = torch.bincount(side, minlength=len(total))
@@ -126,6 +123,15 @@ class GReg1(Method):
                 ratio = kept / max(gone, 1e-9 * kept) if kept > 0 else 0.0  # finite, also for 0 / 0
                 old = self.ratios.get(group.name, ratio)
                 self.ratios[group.name] = 0.9 * old + 0.1 * ratio
+
+    @cached_property
+    def _side(self) -> Tensor:  # [size] int64
+        """2 g for the kept units of group g, 2 g + 1 for those in S; S is chosen once."""
+        groups = self.engine.structure.prunable
+        side = torch.full((self.holders.size,), 2 * len(groups), dtype=torch.int64)
+        for g, group in enumerate(groups):
+            side[group.units] = 2 * g + torch.isin(group.units, self.chosen).long()
+        return side.to(self.holders.device)
 
     def _strength_of_units(self) -> Tensor:  # [size]
         """The lambda of every unit."""
@@ -154,3 +160,4 @@ class GReg1(Method):
         self.chosen = torch.tensor(state["chosen"], dtype=torch.int64)
         self.growths, self.ratios = dict(state["growths"]), dict(state["ratios"])
         self._ended, self._decay = state["ended"], None
+        self.__dict__.pop("_side", None)  # before_step may have run once

@@ -52,10 +52,9 @@ class GroupFisher(Method):
 
     Args:
         model: as for :class:`~.method.Method`, like all that is not named here; there is neither
-            criterion nor scope.
+            criterion nor scope, and `target` is "filters", "params", "macs" or "memory".
         example_inputs: as for :class:`~.method.Method`.
         every: d, the steps between two removals: 25 for classification, 10 for detection.
-        target: what `ratio` is a share of: "filters", "params", "macs" or "memory".
         freed: "memory", "macs" or "nothing": what the sum is divided by.
 
     Raises:
@@ -72,7 +71,6 @@ class GroupFisher(Method):
         *,
         ratio: float = 0.5,
         every: int = 25,
-        target: str = "filters",
         freed: str = "memory",
         **arguments: Any,
     ) -> None:
@@ -81,8 +79,8 @@ class GroupFisher(Method):
                 raise ValueError(f"GroupFisher ranks by its own criterion; leave {name} out")
         self.every = steps("every", every)
         self.freed = choose("freed", freed, FREED)
-        choose("target", target, TARGETS)
-        super().__init__(model, example_inputs, ratio=ratio, target=target, **arguments)
+        choose("target", arguments.get("target", "filters"), TARGETS)
+        super().__init__(model, example_inputs, ratio=ratio, **arguments)
         check_ratio(self.ratio)
         self._check_read()
         self._rehearse()

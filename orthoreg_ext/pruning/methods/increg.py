@@ -28,7 +28,7 @@ class IncReg(Method):
 
     with R the filters that the layer has still to lose: A at rank 0, u A at r*, 0 at rank R, less
     beyond, so that a filter that becomes important is let go. A filter whose lambda has come to
-    `target` is set to zero and stays zero. A layer that has lost all it should is left alone; when
+    `ceiling` is set to zero and stays zero. A layer that has lost all it should is left alone; when
     every layer has, the method is done, and :meth:`finish` removes the zero filters. Called before
     that, it takes the filters of largest lambda for the rest.
 
@@ -45,7 +45,7 @@ class IncReg(Method):
         example_inputs: as for :class:`~.method.Method`.
         delta: A, the largest change of a lambda; in the paper the weight decay.
         middle: u, in (0, 1).
-        target: the lambda at which a filter goes; 10 000 * A by default, recommended are 5 000 to
+        ceiling: the lambda at which a filter goes; 10 000 * A by default, recommended are 5 000 to
             10 000.
         every: the steps between two changes.
 
@@ -62,14 +62,14 @@ class IncReg(Method):
         *,
         delta: float = 2.5e-4,
         middle: float = 0.25,
-        target: float | None = None,
+        ceiling: float | None = None,
         every: int = 1,
         **arguments: Any,
     ) -> None:
         self.delta, self.middle = positive("delta", delta), positive("middle", middle)
         if self.middle >= 1:
             raise ValueError(f"middle is {middle!r}, expected a number in (0, 1)")
-        self.target = 1e4 * self.delta if target is None else positive("target", target)
+        self.ceiling = 1e4 * self.delta if ceiling is None else positive("ceiling", ceiling)
         self.every = steps("every", every)
         super().__init__(model, example_inputs, **arguments)
         groups, chosen = self.engine.structure.prunable, self.lowest()
@@ -120,7 +120,7 @@ class IncReg(Method):
             self._live.scale_()  # a filter that is gone must not come back by momentum
 
     def _update(self) -> None:
-        """Ranks the units, changes every lambda, and marks those that have come to the target."""
+        """Ranks the units, changes every lambda, and marks those that have come to the ceiling."""
         magnitudes = self.holders.magnitudes()[self._units]
         number = self.steps // self.every + 1
         rank = self._ranks(magnitudes)
@@ -131,7 +131,7 @@ class IncReg(Method):
         active = ~self._gone & (left > 0)
         moved = (self._lambda + self._change(rank.double(), left.clamp(min=1))).clamp(min=0)
         self._lambda = torch.where(active, moved, self._lambda)
-        self._gone |= active & (rank < left) & (self._lambda >= self.target * (1 - 1e-9))
+        self._gone |= active & (rank < left) & (self._lambda >= self.ceiling * (1 - 1e-9))
 
     def _change(self, rank: Tensor, left: Tensor) -> Tensor:  # both [u] -> [u]
         alpha = math.log(2 / self.middle) / left.double()
@@ -174,7 +174,7 @@ class IncReg(Method):
         self.remove(torch.cat(chosen).cpu())
 
     def _settings(self) -> dict[str, Any]:
-        own = ("delta", "middle", "target", "every")
+        own = ("delta", "middle", "ceiling", "every")
         return {**super()._settings(), **{name: getattr(self, name) for name in own}}
 
     def _state(self) -> dict[str, Any]:

@@ -35,14 +35,15 @@ class Method:
     Args:
         model: pruned in place.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        ratio: the share of the prunable filters to remove in total, in (0, 1); None in methods
-            that find it themselves.
+        ratio: the share of the prunable filters (or of the `target` of the rules) to remove in
+            total, in (0, 1); None in methods that find it themselves.
         optimizer: the one that trains the model, or several; their state follows the cut.
         ignored: layers (names or modules) that keep their filters.
         ema: a copy of the model that is cut alike.
         verify: check that every cut leaves what the model computes without the removed channels.
-        rules: fields of :class:`~orthoreg_ext.pruning.engine.Rules`: criterion, scope, round_to,
-            max_layer_ratio, normalize, group_reduction, bias, dim; the method has its own defaults.
+        rules: fields of :class:`~orthoreg_ext.pruning.engine.Rules`: criterion, scope, target,
+            round_to, max_layer_ratio, normalize, group_reduction, bias, dim; the method has its
+            own defaults.
 
     Attributes:
         steps: optimizer steps seen.

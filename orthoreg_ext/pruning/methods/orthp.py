@@ -23,7 +23,8 @@ class OrthP(Method):
     :func:`orthogonalise` makes the filter matrix of every layer orthonormal. In a linear network
     that is all that trainability asks for; in others it throws away what the weights had learned,
     and the paper's own tables put it below pruning alone: it is there to be compared with. As the
-    last step of another removal call :func:`orthogonalise` itself.
+    last step of another removal call :func:`orthogonalise` itself. An averaged copy (`ema`) is cut,
+    and keeps its weights.
 
     Paper against code: see :func:`orthogonalise`.
 

@@ -144,5 +144,3 @@ class TPP(Method):
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.chosen = torch.tensor(state["chosen"], dtype=torch.int64)
-        self.__dict__.pop("_chosen", None)
-        self._silent = None

@@ -28,7 +28,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "greg2": lambda *a, **k: GReg2(
         *a, pick_delta=1e-3, pick_ceiling=2e-2, delta=0.02, every=2, hold=EPOCH, **k
     ),
-    "increg": lambda *a, **k: IncReg(*a, delta=0.02, target=1.0, **k),
+    "increg": lambda *a, **k: IncReg(*a, delta=0.02, ceiling=1.0, **k),
     "sfp": lambda *a, **k: SoftFilter(*a, duration=5, **k),
     "asfp": lambda *a, **k: SoftFilter(*a, kind="asfp", duration=5, **k),
     "srfp": lambda *a, **k: SoftFilter(*a, kind="srfp", duration=5, **k),

@@ -25,7 +25,7 @@ from .loops import (
     step,
 )
 
-QUICK: dict[str, Any] = {"delta": 1.0, "target": 2.0}
+QUICK: dict[str, Any] = {"delta": 1.0, "ceiling": 2.0}
 ROOT = math.sqrt(2.0)
 
 
@@ -47,7 +47,7 @@ def test_the_schedule_is_the_published_one(x: Tensor) -> None:
     after = 1 / 8**0.5  # with two left to lose
     table = [  # lambda after the change, filters that are gone
         ([1.0, 0.5, 0.25, 0, 0, 0], []),
-        ([2.0, 1.0, 0.5, 0, 0, 0], [0]),  # the first has come to the target
+        ([2.0, 1.0, 0.5, 0, 0, 0], [0]),  # the first has come to the ceiling
         ([2.0, 2.0, 0.5 + after, 0, 0, 0], [0, 1]),
         ([2.0, 2.0, 1.5 + after, 0, 0, 0], [0, 1]),  # one left
         ([2.0, 2.0, 2.5 + after, 0, 0, 0], [0, 1, 2]),
@@ -87,7 +87,7 @@ def sized(layer: Any, sizes: list[float]) -> None:
 
 def test_ranks_are_averaged_and_a_filter_that_grows_is_let_go(x: Tensor) -> None:
     model = Small()
-    method = IncReg(model, x, delta=1.0, target=100.0, ignored=["conv1"])
+    method = IncReg(model, x, delta=1.0, ceiling=100.0, ignored=["conv1"])
     table = [  # sizes, averaged ranks, lambda
         ([1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5], [1, 0.5, 0.25, 0, 0, 0]),
         # filter 0 is the largest now: its average is 2.5, behind 1 and 2, before 3
@@ -122,7 +122,7 @@ def test_ranks_are_averaged_and_a_filter_that_grows_is_let_go(x: Tensor) -> None
 
 def test_lambda_moves_at_every_nth_step(x: Tensor) -> None:
     model = ordered(Small())
-    method = IncReg(model, x, delta=1.0, target=100.0, every=3)
+    method = IncReg(model, x, delta=1.0, ceiling=100.0, every=3)
     seen = []
     for number in range(7):
         found = advance(model, method, number)
@@ -133,7 +133,7 @@ def test_lambda_moves_at_every_nth_step(x: Tensor) -> None:
 
 def test_the_defaults_are_the_published_ones(x: Tensor) -> None:
     settings = IncReg(Small(), x).state_dict()["settings"]
-    assert [settings[name] for name in ("delta", "middle", "target", "every")] == [
+    assert [settings[name] for name in ("delta", "middle", "ceiling", "every")] == [
         2.5e-4,
         0.25,
         2.5,
@@ -144,7 +144,7 @@ def test_the_defaults_are_the_published_ones(x: Tensor) -> None:
 def test_filters_that_are_gone_do_not_grow_back(x: Tensor) -> None:
     model = ordered(Small())
     optimizer = sgd(model, 0.1)
-    method = IncReg(model, x, optimizer=optimizer, delta=0.5, target=2.0)
+    method = IncReg(model, x, optimizer=optimizer, delta=0.5, ceiling=2.0)
     lost: set[int] = set()
     for number in range(40):
         step(model, optimizer, method, number)
@@ -163,7 +163,7 @@ def test_filters_that_are_gone_do_not_grow_back(x: Tensor) -> None:
 def test_every_kind_of_layer_loses_its_share(name: str, x: Tensor) -> None:
     model = randomised(IMAGE[name]())
     optimizer = sgd(model, 1e-2)
-    method = IncReg(model, x, optimizer=optimizer, ratio=0.4, delta=0.3, target=2.0)
+    method = IncReg(model, x, optimizer=optimizer, ratio=0.4, delta=0.3, ceiling=2.0)
     groups = method.engine.structure.prunable
     left = [
         len(group.units) - n for group, n in zip(groups, method.state_dict()["quota"], strict=True)
@@ -229,7 +229,7 @@ def test_frozen_weights_stay(x: Tensor) -> None:
 
 @pytest.mark.parametrize("at", [1, 2, 5, 9])
 def test_a_resumed_run_ends_bit_equal(at: int, x: Tensor) -> None:
-    settings = {"delta": 0.4, "target": 2.0, "every": 2}
+    settings = {"delta": 0.4, "ceiling": 2.0, "every": 2}
     check_resume(ResNet, lambda m, o: IncReg(m, x, optimizer=o, **settings), total=11, at=at)
 
 
@@ -245,7 +245,7 @@ def test_a_step_reads_nothing(x: Tensor) -> None:
     [
         ({"delta": 0.0}, "delta is 0.0"),
         ({"middle": 1.0}, r"middle is 1.0, expected a number in \(0, 1\)"),
-        ({"target": -2.5}, "target is -2.5"),
+        ({"ceiling": -2.5}, "ceiling is -2.5"),
         ({"every": 0.5}, "every is 0.5"),
         ({"ratio": None}, "ratio is None"),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthoreg_ext.pruning import Slimming
 
-from ..nets import IMAGE, ResNet, randomised
+from ..nets import IMAGE, Concat, ResNet, randomised
 from .loops import (
     LAYS_OUT,
     READS,
@@ -29,6 +29,7 @@ from .loops import (
 def test_the_added_gradient_is_that_of_the_l1_norm_of_the_scales(x: Tensor) -> None:
     model = Small()
     model.bn1.weight.data = torch.tensor([0.5, -2.0, 0.0, 1e-9])
+    model.bn1.bias.data.fill_(0.3)
     method = Slimming(model, x, strength=0.25)
     scales = [model.bn1.weight, model.bn2.weight]
     formula = torch.autograd.grad(0.25 * sum(s.abs().sum() for s in scales), scales)
@@ -58,6 +59,13 @@ def test_scales_of_channels_that_cannot_go_are_let_alone(x: Tensor) -> None:
     torch.testing.assert_close(found["bn.weight"], torch.full((6,), 0.5))
     assert not found["first.weight"].any()
     assert not found["last.weight"].any()
+
+
+def test_in_one_batchnorm_only_the_channels_that_can_go_are_shrunk(x: Tensor) -> None:
+    model = Concat()  # behind 5 channels of b, 3 of the input and 6 of a
+    found = added(model, Slimming(model, x, strength=0.5, ignored=["c"]))
+    expected = torch.tensor([0.5] * 5 + [0.0] * 3 + [0.5] * 6)
+    torch.testing.assert_close(found["bn.weight"], expected)
 
 
 def test_the_channels_of_the_whole_model_are_ranked_together(x: Tensor) -> None:
