@@ -316,3 +316,26 @@ def test_a_state_of_other_parameter_groups_is_refused_before_anything_is_cut() -
     with pytest.raises(ValueError, match="parameter groups"):
         other.load_state_dict(state)
     assert widths(fresh) == (6, 8)
+
+
+def test_rules_of_prune_hold(x: torch.Tensor) -> None:
+    model = ResNet()
+    copied = copy.deepcopy(model)
+    optimizer = sgd(model)
+    method = OrthoReg(
+        model,
+        x,
+        data=batches(),
+        optimizer=optimizer,
+        ratio=0.4,
+        target="macs",
+        round_to=2,
+        ignored=["layer1.conv1"],
+        ema=copied,
+    )
+    result = method.finish()
+    assert result.after.macs <= 0.6 * result.before.macs
+    assert model.layer1.conv1.out_channels == 10
+    assert all(layer.after % 2 == 0 for layer in result.layers)
+    shapes = [p.shape for p in model.parameters()]
+    assert [p.shape for p in copied.parameters()] == shapes
