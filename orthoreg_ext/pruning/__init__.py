@@ -6,7 +6,7 @@ from .methods import TPP, GReg1, GReg2, IncReg, OrthP, Slimming, SoftFilter, ort
 from .prune import plan, prune
 from .result import LayerWidth, PrunePlan, PruneResult, RoundError
 from .schedule import split_ratio
-from .scores import CRITERIA, Criterion
+from .scores import CRITERIA, Criterion, exemplar, variety
 from .sensitivity import GroupSensitivity, Sensitivity, sensitivity
 
 __all__ = [
@@ -27,10 +27,12 @@ __all__ = [
     "Slimming",
     "SoftFilter",
     "count",
+    "exemplar",
     "orthogonalise",
     "plan",
     "prune",
     "replay",
     "sensitivity",
     "split_ratio",
+    "variety",
 ]

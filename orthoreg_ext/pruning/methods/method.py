@@ -42,7 +42,7 @@ class Method:
         ema: a copy of the model that is cut alike.
         verify: check that every cut leaves what the model computes without the removed channels.
         rules: fields of :class:`~orthoreg_ext.pruning.engine.Rules`: criterion, scope, target,
-            round_to, max_layer_ratio, normalize, group_reduction, bias; the method has its own
+            round_to, max_layer_ratio, normalize, group_reduction, bias, dim; the method has its own
             defaults.
 
     Attributes:
@@ -134,7 +134,7 @@ class Method:
         return {
             "method": type(self).__name__,
             "settings": {
-                **vars(self.engine.rules),
+                **self.engine.rules.document(),
                 "ignored": sorted(self.engine.ignored),
                 **self._settings(),
             },
