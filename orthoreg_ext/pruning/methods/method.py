@@ -42,8 +42,8 @@ class Method:
         ema: a copy of the model that is cut alike.
         verify: check that every cut leaves what the model computes without the removed channels.
         rules: fields of :class:`~orthoreg_ext.pruning.engine.Rules`: criterion, scope, target,
-            round_to, max_layer_ratio, normalize, group_reduction, bias, dim; the method has its
-            own defaults.
+            round_to, max_layer_ratio, normalize, group_reduction, bias, dim; the method has its own
+            defaults.
 
     Attributes:
         steps: optimizer steps seen.
