@@ -74,6 +74,7 @@ class GReg1(Method):
         self.growths = {group.name: 0 for group in self.engine.structure.prunable}
         self.ratios: dict[str, float] = {}
         self._ended: int | None = None  # the step of the last growth
+        self._grown: int | None = None  # the step that grew last; a closure may run twice in one
         self._decay: Spread | None = None
 
     @property
@@ -89,9 +90,10 @@ class GReg1(Method):
     def before_step(self) -> None:  # noqa: D102
         if super().done:
             return
-        if self._ended is None and self.steps % self.every == 0:
+        due = self._ended is None and self.steps % self.every == 0
+        if due and self._grown != self.steps:
             self._update()
-            self._decay = None
+            self._grown, self._decay = self.steps, None
         if self._decay is None:
             vector = self._strength_of_units()
             self._decay = self.holders.spread(vector, biases=False, norms=False)
@@ -135,7 +137,7 @@ class GReg1(Method):
 
     def _strength_of_units(self) -> Tensor:  # [size]
         """The lambda of every unit."""
-        vector = torch.zeros(self.holders.size)
+        vector = torch.zeros(self.holders.size, dtype=torch.float64)
         strengths = self.strengths
         for group in self.engine.structure.prunable:
             vector[group.units[torch.isin(group.units, self.chosen)]] = strengths[group.name]

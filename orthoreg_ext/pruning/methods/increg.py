@@ -86,6 +86,7 @@ class IncReg(Method):
         self._gone = torch.zeros(count, dtype=torch.bool, device=device)
         self._decay: Spread | None = None
         self._live: Spread | None = None
+        self._updated: int | None = None  # the last such step; a closure may run twice in one
 
     @property
     def strengths(self) -> dict[str, Tensor]:  # each [u] float64
@@ -107,9 +108,11 @@ class IncReg(Method):
     def before_step(self) -> None:  # noqa: D102
         if super().done:
             return
-        if self._decay is None or self.steps % self.every == 0:
-            if self.steps % self.every == 0:
-                self._update()
+        due = self.steps % self.every == 0 and self._updated != self.steps
+        if due:
+            self._update()
+            self._updated = self.steps
+        if due or self._decay is None:
             self._lay_out()
         assert self._decay is not None
         self._decay.add_decay_()
@@ -157,10 +160,10 @@ class IncReg(Method):
     def _lay_out(self) -> None:
         """Lays lambda and the mask of those still there out along the weights."""
         acts = ~self._gone & (self._left() > 0)[self._group]
-        decay, live = torch.zeros(self.holders.size), torch.ones(self.holders.size)
-        decay, live = decay.to(self._units.device), live.to(self._units.device)
-        decay[self._units] = torch.where(acts, self._lambda, 0.0).float()
-        live[self._units] = (~self._gone).float()
+        decay = torch.zeros(self.holders.size, dtype=torch.float64, device=self._units.device)
+        live = torch.ones_like(decay)
+        decay[self._units] = torch.where(acts, self._lambda, 0.0)
+        live[self._units] = (~self._gone).double()
         self._decay = self.holders.spread(decay, biases=False, norms=False)
         self._live = self.holders.spread(live, biases=False, norms=False)
 
