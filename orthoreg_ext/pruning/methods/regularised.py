@@ -114,6 +114,18 @@ class Phased:
             self.start()
             self._decays = [list(entry) for entry in state["weight_decays"]]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of optimizers lose their hooks: what they carry is their steps."""
+        return {**self.__dict__, "_attachments": [entry.step for entry in self._attachments]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Attaches a copy of what was on to the copies of the optimizers."""
+        self.__dict__.update({**state, "_attachments": []})
+        if steps := state["_attachments"]:
+            self._attachments = [self.regularizer.attach(entry) for entry in self._holding()]
+            for attachment, step in zip(self._attachments, steps, strict=True):
+                attachment.step = step
+
     def _holding(self) -> list[Optimizer]:
         names = self.regularizer.state_dict()["layers"]
         modules = [self.regularizer.model.get_submodule(name) for name in names]
