@@ -125,9 +125,18 @@ class GroupFisher(Method):
         Raises:
             ValueError: no gradient was seen since the last removal, or an optimizer's state cannot
                 follow. The hooks are gone then.
+            RuntimeError: the hooks are gone, but not all that should go.
         """
         super().after_step()
-        if self._collected is None or self.steps % self.every or self.done:
+        if self.done:
+            return
+        if self._collected is None:
+            raise RuntimeError(
+                f"{self._progress}, and the hooks are gone (close() was called, or a removal or "
+                "finish() failed), so that no more is seen of the training. Load the state_dict() "
+                "into a GroupFisher made anew for the unpruned model, or call finish()"
+            )
+        if self.steps % self.every:
             return
         try:
             if self._stale or not int(self._passes):
@@ -170,8 +179,8 @@ class GroupFisher(Method):
         while not self.done:
             if not int(self._passes):
                 raise ValueError(
-                    f"{self._progress}, and no finite gradient was seen to choose more by; train "
-                    "at least one step first"
+                    f"{self._progress}, and no finite gradient was seen to choose more by; make "
+                    "the method anew and train at least one step before finish()"
                 )
             self._remove_one()
 
