@@ -7,6 +7,7 @@ filter is the one that follows it, not the next one registered.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +22,20 @@ from .inputs import device_of
 from .units import NEVER, Structure
 
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def check_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Refuses to add to gradients that are not there.
+
+    Raises:
+        ValueError: some are trained, and none has a gradient.
+    """
+    trained = any(parameter.requires_grad for parameter in parameters)
+    if trained and all(parameter.grad is None for parameter in parameters):
+        raise ValueError(
+            "no prunable layer has a gradient to add to: call before_step() after loss.backward(), "
+            "and optimizer.zero_grad() not in between"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,12 @@ class Spread:
 
     @torch.no_grad()
     def add_decay_(self, strength: float = 1.0) -> None:
-        """Adds strength * number * parameter to each gradient, where there is one."""
+        """Adds strength * number * parameter to each gradient, where there is one.
+
+        Raises:
+            ValueError: no trainable parameter has a gradient.
+        """
+        check_gradients([held.parameter for held, _ in self.parts])
         for held, factors in self.parts:
             parameter = held.parameter
             if parameter.grad is not None and parameter.requires_grad:
@@ -147,7 +167,7 @@ class Holders:
 
     def values(self, units: Tensor, value: float = 1.0, rest: float = 0.0) -> Tensor:  # [size]
         """The vector that is `value` for these units, [r] int64, and `rest` for all others."""
-        vector = torch.full((self.size,), rest, dtype=torch.float32)
+        vector = torch.full((self.size,), rest, dtype=torch.float64)
         vector[units] = value
         return vector.to(self.device)
 

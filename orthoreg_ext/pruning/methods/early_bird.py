@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...regularizer import OrthoRegularizer
+from ..held import check_gradients
 from ..result import PruneResult
 from ..schedule import check_ratio
 from .checks import positive, steps
@@ -106,9 +107,11 @@ class EarlyBird(Method):
     def before_step(self) -> None:  # noqa: D102
         if self.strength == 0 or self.done:
             return
-        for module in self.model.modules():
-            gamma = module.weight if isinstance(module, _BatchNorm) else None
-            if gamma is not None and gamma.requires_grad and gamma.grad is not None:
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        scales = [module.weight for module in norms if module.weight is not None]
+        check_gradients(scales)
+        for gamma in scales:
+            if gamma.requires_grad and gamma.grad is not None:
                 gamma.grad.add_(gamma.sign(), alpha=self.strength)
 
     def after_epoch(self) -> None:  # noqa: D102

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..held import Held
+from ..held import Held, check_gradients
 from ..schedule import check_ratio
 from .checks import positive, steps
 from .method import Method
@@ -68,6 +68,7 @@ class Slimming(Method):
     def before_step(self) -> None:  # noqa: D102
         if super().done:
             return
+        check_gradients([held.parameter for held, _ in self._scales])
         for held, mask in self._scales:
             gamma = held.parameter
             if gamma.requires_grad and gamma.grad is not None:

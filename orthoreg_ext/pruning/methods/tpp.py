@@ -92,6 +92,7 @@ class TPP(Method):
         if strength == 0 or super().done:
             return
         layers, masks, coefficients, decay = self._chosen
+        decay.add_decay_(strength)  # first: it refuses gradients that are not there
         functional.add_gram_penalty_grad_(
             [layer.weight for layer in layers],
             "tpp",
@@ -100,7 +101,6 @@ class TPP(Method):
             pruned=masks,
             groups=[layer.groups for layer in layers],
         )
-        decay.add_decay_(strength)
 
     def after_step(self) -> None:  # noqa: D102
         super().after_step()
