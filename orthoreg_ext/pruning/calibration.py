@@ -127,9 +127,7 @@ def mean_gradients(
     with undisturbed(model):
         for batch in batches(model, data, need_classes=loss is None):
             value = batch.loss(call(model, batch.inputs), loss, temperature)
-            mean.add(
-                torch.autograd.grad(value, list(parameters.values()), allow_unused=True), batch.size
-            )
+            mean.add(_gradients(value, list(parameters.values())), batch.size)
     return mean.result()
 
 
@@ -174,7 +172,7 @@ def hessian_gradients(
     with undisturbed(model), sdpa_kernel([SDPBackend.MATH]):
         for batch in batches(model, data, need_classes=loss is None):
             value = batch.loss(call(model, batch.inputs), loss, temperature)
-            mean.add(torch.autograd.grad(value, leaves, allow_unused=True), batch.size)
+            mean.add(_gradients(value, leaves), batch.size)
         mean.require(parameters)
         gradients = mean.result(partial=True)
         for batch in batches(model, data):
@@ -283,6 +281,13 @@ class _Mean:
         if not partial:
             self.require(self.parameters)
         return {name: total / self.samples for name, total in self.sums.items()}
+
+
+def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradient by each leaf, None where there is none: of a constant everywhere."""
+    if not value.requires_grad:
+        return [None] * len(leaves)
+    return torch.autograd.grad(value, leaves, allow_unused=True)
 
 
 def _no_data() -> ValueError:

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from ..errors import unknown_name
+from .counts import Counts
 from .units import Structure
 
 
@@ -64,15 +65,20 @@ def refuse_inference_mode() -> None:
         )
 
 
-def layer_names(model: nn.Module, ignored: Iterable[str | nn.Module]) -> set[str]:
+def layer_names(
+    model: nn.Module, ignored: Iterable[str | nn.Module], argument: str = "ignored"
+) -> set[str]:
     """Resolves ignored layers to names; a container stands for everything inside.
 
     Raises:
         ValueError: an unknown name (with the nearest valid one) or a module of another model.
         TypeError: neither a name nor a module.
     """
-    if isinstance(ignored, (str, nn.Module)):
-        raise TypeError("ignored must be a sequence of names or modules; put the one in a list")
+    if isinstance(ignored, (str, nn.Module)) or not isinstance(ignored, Iterable):
+        raise TypeError(
+            f"{argument} is {type(ignored).__name__}, expected a sequence of names or modules; put "
+            "the one in a list"
+        )
     modules = dict(model.named_modules())
     names_of = {module: name for name, module in modules.items()}
     found: set[str] = set()
@@ -80,16 +86,16 @@ def layer_names(model: nn.Module, ignored: Iterable[str | nn.Module]) -> set[str
         if isinstance(entry, nn.Module):
             if entry not in names_of:
                 raise ValueError(
-                    f"ignored: {type(entry).__name__} is not a module of this model; pass its name "
-                    "or the module itself (not one of a copy)"
+                    f"{argument}: {type(entry).__name__} is not a module of this model; pass its "
+                    "name or the module itself (not one of a copy)"
                 )
             name = names_of[entry]
         elif isinstance(entry, str):
             if entry not in modules or not entry:
-                raise unknown_name("layer in ignored", entry, [n for n in modules if n])
+                raise unknown_name(f"layer in {argument}", entry, [n for n in modules if n])
             name = entry
         else:
-            raise TypeError(f"ignored: {entry!r} is neither a layer name nor a module")
+            raise TypeError(f"{argument}: {entry!r} is neither a layer name nor a module")
         inside = f"{name}." if name else ""
         found |= {name} | {other for other in modules if other.startswith(inside)}
     return found
@@ -123,6 +129,18 @@ def require_prunable(structure: Structure) -> None:
     reasons += [f"{name}: not reached by the forward pass" for name in structure.unreached]
     listing = "; ".join(reasons) or "it has no convolution or linear layer"
     raise ValueError(f"no layer of this model can be pruned. {listing}")
+
+
+def check_work(before: Counts) -> None:
+    """Refuses example inputs on which no cut could be counted or verified.
+
+    Raises:
+        ValueError: they hold no sample.
+    """
+    if not before.macs:
+        raise ValueError(
+            "example_inputs hold no sample, so that no cut can be verified; pass at least one"
+        )
 
 
 def refuse_reparametrized(model: nn.Module, structure: Structure) -> None:
@@ -202,8 +220,28 @@ def check_copy(model: nn.Module, ema: nn.Module) -> nn.Module:
     return copy
 
 
+def check_finite(model: nn.Module, structure: Structure) -> None:
+    """Refuses weights that are NaN or infinite where channels may leave.
+
+    A method that chose its filters before, or scores by something else, would not see them.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    for slot in structure.slots:
+        owned = model.get_submodule(slot.owner)._parameters
+        for place in slot.layout.places:
+            tensor = owned.get(place.tensor)
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"layer {slot.layer!r}: {place.tensor!r} holds NaN or infinite numbers, so the "
+                    "pruned model would compute NaN; load finite weights, and look at the loss and "
+                    "the learning rate"
+                )
+
+
 def check_unchanged(model: nn.Module, structure: Structure) -> None:
-    """Refuses a model whose layers changed shape from outside since they were traced.
+    """Refuses a model whose layers were replaced or changed shape since they were traced.
 
     Raises:
         RuntimeError: naming the layer.
@@ -211,6 +249,11 @@ def check_unchanged(model: nn.Module, structure: Structure) -> None:
     for slot in structure.slots:
         module = model.get_submodule(slot.owner)
         for place in slot.layout.places:
+            if not hasattr(module, place.tensor):
+                raise RuntimeError(
+                    f"layer {slot.layer!r}: it is a {type(module).__name__} without "
+                    f"{place.tensor!r}: it was replaced from outside since the model was traced"
+                )
             tensor = getattr(module, place.tensor)
             expected = len(slot.units) // place.groups
             if tensor is not None and tensor.shape[place.dim] != expected:

@@ -103,12 +103,14 @@ class Rules:
                 f"group_reduction is {self.group_reduction!r}, but criterion {row.name!r} sums "
                 "over the layers of a group inside the square: leave it at its default"
             )
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias is {self.bias!r}, expected True or False")
         if self.normalize is not None:
             choose("normalize", self.normalize, NORMALIZERS)
         step, share = self.round_to, self.max_layer_ratio
         if not isinstance(step, int) or isinstance(step, bool) or step < 1:
             raise ValueError(f"round_to is {step!r}, expected an integer of at least 1, e.g. 8")
-        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(
                 f"max_layer_ratio is {share!r}, expected a number in (0, 1]: the largest share of "
                 "a layer that may be removed"
@@ -182,6 +184,7 @@ class Engine:
         self.structure = trace(model, example_inputs, self.ignored)
         checks.keep_frozen(model, self.structure)
         checks.require_prunable(self.structure)
+        checks.check_work(self.before)
         checks.refuse_reparametrized(model, self.structure)
         self.history: list[dict[str, Any]] = []
         self.rounds = 0  # how often something was removed
@@ -225,7 +228,12 @@ class Engine:
         Args:
             data: as for :meth:`score`.
             loss: as for :meth:`score`.
+
+        Raises:
+            RuntimeError, ValueError: a layer was replaced, or has other channels or a
+                parametrization, since the model was traced.
         """
+        self._check_model()
         rules = self.rules
         return Evidence(
             name=rules.row.name,
@@ -382,10 +390,15 @@ class Engine:
         chosen = [groups[block.pool].units[list(block.units)] for block in blocks]
         return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64)
 
+    def _check_model(self) -> None:
+        checks.check_unchanged(self.model, self.structure)
+        checks.refuse_reparametrized(self.model, self.structure)
+
     def _remove(self, units: Tensor, number: int) -> None:
         for optimizer in self.optimizers:
             check_optimizer(optimizer, self.model)
-        checks.check_unchanged(self.model, self.structure)
+        self._check_model()
+        checks.check_finite(self.model, self.structure)
         if len(units):
             self._cut(units, self.verify)
         self.rounds = number

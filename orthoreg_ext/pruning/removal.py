@@ -187,7 +187,8 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
             raise ValueError(
                 f"optimizer ({kind}) keeps {key!r} for {names[parameter]!r} as {shape}, which "
                 f"cannot follow the removal of channels (parameter {tuple(parameter.shape)}); "
-                "prune first and make the optimizer afterwards"
+                "prune first and make the optimizer afterwards, or drop what it keeps with "
+                "optimizer.state.clear()"
             )
 
 

@@ -126,9 +126,15 @@ def _layers(model: nn.Module, wanted: Iterable[str | nn.Module] | None) -> list[
     Raises:
         ValueError: one cannot be written, or is not finite.
     """
-    names = None if wanted is None else checks.layer_names(model, wanted)
-    found = []
-    for layer in filter_layers(model):
+    checks.check_model(model)
+    names = None if wanted is None else checks.layer_names(model, wanted, "layers")
+    known, found = filter_layers(model), []
+    if names and not names & {layer.name for layer in known}:
+        raise ValueError(
+            f"layers names {', '.join(map(repr, sorted(names)))}, where no convolution or linear "
+            "layer is; name those whose filters are to be orthonormal"
+        )
+    for layer in known:
         if (names is not None and layer.name not in names) or not layer.trainable:
             continue
         if "weight" not in layer.module._parameters:
