@@ -308,7 +308,7 @@ class Engine:
             ValueError, RuntimeError: as :meth:`score`, :meth:`select` and :meth:`remove`.
         """
         number, every = self.rounds + 1, self.rules.rescore_every
-        with self._undone():
+        with self.attempt():
             while True:
                 blocks = step = self._blocks(self.score(data, loss), share)
                 if self.rules.scope == "one_at_a_time":
@@ -321,6 +321,10 @@ class Engine:
     def rehearsal(self) -> AbstractContextManager[None]:
         """Inside, units may be removed; all of it is taken back at the end, bit for bit."""
         return self._undone(always=True)
+
+    def attempt(self) -> AbstractContextManager[None]:
+        """Inside, units may be removed; all of it is taken back if it fails."""
+        return self._undone()
 
     def replay(self, history: Sequence[dict[str, Any]]) -> None:
         """Repeats the cuts of a history on the unpruned model, e.g. to resume.

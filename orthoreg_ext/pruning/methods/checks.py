@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import unknown_name
+from ..engine import Rules
 
 
 def positive(argument: str, value: object, *, zero: bool = False) -> float:
@@ -29,3 +35,21 @@ def steps(argument: str, value: object, *, zero: bool = False) -> int:
             f"{argument} is {value!r}, expected an integer of at least {int(not zero)}"
         )
     return value
+
+
+def check_rules(method: str, rules: Mapping[str, Any]) -> None:
+    """Refuses what is no rule, and the rules that only `prune` follows.
+
+    Raises:
+        TypeError: there is no such argument.
+        ValueError: the method would have to score anew between two removals.
+    """
+    known = [field.name for field in dataclasses.fields(Rules)]
+    for name in rules:
+        if name not in known:
+            raise TypeError(str(unknown_name(f"argument of {method}", name, known)))
+    if rules.get("scope") == "one_at_a_time" or rules.get("rescore_every") is not None:
+        raise ValueError(
+            f"{method} chooses its filters at once, so it takes neither scope='one_at_a_time' nor "
+            "rescore_every; use scope='global', or prune"
+        )

@@ -12,6 +12,7 @@ from ..engine import Engine, Rules
 from ..held import Holders
 from ..result import PruneResult
 from ..schedule import check_ratio
+from .checks import check_rules, steps
 
 
 class Method:
@@ -70,6 +71,7 @@ class Method:
         if ratio is not None:
             check_ratio(ratio)
         self.ratio = ratio
+        check_rules(type(self).__name__, rules)
         self.engine = Engine(
             model,
             example_inputs,
@@ -152,9 +154,12 @@ class Method:
         Removes what had been removed; load the weights and the optimizer's state afterwards.
 
         Raises:
+            TypeError: the state is no mapping.
             ValueError: the state is of another method, other settings or another architecture, or
-                this method has begun already. Nothing was changed.
+                damaged, or this method has begun already. Nothing was changed.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is {type(state).__name__}, expected what state_dict() returned")
         own = self.state_dict()
         if missing := sorted(set(own) - set(state)):
             raise ValueError(
@@ -168,10 +173,18 @@ class Method:
                 )
         if self.steps or self.epochs or self.engine.history:
             raise ValueError("this method has begun already; load the state into a fresh one")
-        self.engine.replay(state["history"])
-        self._holders = None
-        self.steps, self.epochs = int(state["steps"]), int(state["epochs"])
-        self._load(state)
+        before = dict(vars(self))
+        try:
+            with self.engine.attempt():
+                self.engine.replay(state["history"])
+                self._holders = None
+                self.steps = steps("steps", state["steps"], zero=True)
+                self.epochs = steps("epochs", state["epochs"], zero=True)
+                self._load(state)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            vars(self).clear()
+            vars(self).update(before)
+            raise ValueError(f"state is damaged, nothing was changed: {error}") from error
         if state["finished"]:
             self._result = self.engine.result(method=type(self).__name__, **self._settings())
 

@@ -59,6 +59,12 @@ class Slimming(Method):
         check_ratio(self.ratio)
         if self.engine.rules.criterion == "bn_scale":
             self.engine.score()  # refuses a layer without a BatchNorm now, not after the training
+        if not any(held.parameter.requires_grad for held, _ in self._scales):
+            raise ValueError(
+                "Slimming has no scale to shrink: no prunable layer has a BatchNorm with a "
+                "trainable weight behind it; unfreeze them, or use a method that needs none, e.g. "
+                "GReg1"
+            )
 
     @property
     def done(self) -> bool:  # noqa: D102

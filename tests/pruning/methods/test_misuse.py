@@ -188,3 +188,57 @@ def test_orthogonalise_refuses_names_without_filters() -> None:
         orthogonalise(small_net(), layers=["x"])
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
         orthogonalise(torch.zeros(3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        ({"fisher": None}, "state is damaged"),
+        ({"steps": None}, "steps is None, expected an integer"),
+        ({"epochs": -1}, "epochs is -1, expected an integer"),
+        ({"history": "x"}, "state is damaged"),
+    ],
+)
+def test_a_damaged_state_changes_nothing(damage: dict[str, object], match: str) -> None:
+    model = small_net()
+    method = GroupFisher(model, example(), optimizer=sgd(model), every=1)
+    train_step(model, method.engine.optimizers[0], method)
+    state = method.state_dict()
+    assert state["history"]
+    method.close()
+    model = small_net()
+    fresh = GroupFisher(model, example(), optimizer=sgd(model), every=1)
+    before = list(model.parameters())
+    with pytest.raises(ValueError, match=match):
+        fresh.load_state_dict({**state, **damage})
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+    assert fresh.steps == 0
+    fresh.load_state_dict(state)  # the right one still fits
+    assert [model[0].out_channels, model[3].out_channels] != [6, 8]
+
+
+@pytest.mark.parametrize("cls", [TPP, OrthP])
+def test_a_state_that_is_none_is_named(cls: type[Method]) -> None:
+    with pytest.raises(TypeError, match=r"state is NoneType, expected what state_dict\(\)"):
+        cls(small_net(), example()).load_state_dict(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cls", [TPP, IncReg, SoftFilter, OrthP, GroupFisher, RePr])
+def test_rules_that_a_method_cannot_follow_are_refused(cls: type[Method]) -> None:
+    with pytest.raises(ValueError, match="neither scope='one_at_a_time' nor rescore_every"):
+        cls(small_net(), example(), rescore_every=2)
+    with pytest.raises(TypeError, match=rf"argument of {cls.__name__} 'rond_to'.*'round_to'"):
+        cls(small_net(), example(), rond_to=2)
+    if cls is not GroupFisher:
+        with pytest.raises(ValueError, match="neither scope='one_at_a_time'"):
+            cls(small_net(), example(), scope="one_at_a_time")
+
+
+def test_slimming_refuses_a_model_without_a_scale_to_shrink() -> None:
+    with pytest.raises(ValueError, match="Slimming has no scale to shrink"):
+        Slimming(small_net(norm=False), example(), criterion="l1")
+    model = small_net()
+    for layer in (model[1], model[4]):
+        layer.requires_grad_(False)
+    with pytest.raises(ValueError, match="Slimming has no scale to shrink"):
+        Slimming(model, example())
