@@ -139,12 +139,8 @@ def tpp(matrix: Tensor, columns: bool, case: Case) -> Found:
 
     def value(w: Tensor) -> Tensor:
         gram = entries(w, False)
-        terms = []
-        for i in range(len(gram)):
-            for j in range(len(gram)):
-                if i in marked or j in marked:
-                    terms.append(gram[i][j] ** 2)
-        return total(terms, w)
+        pairs = [(i, j) for i in range(len(gram)) for j in range(len(gram))]
+        return total([gram[i][j] ** 2 for i, j in pairs if i in marked or j in marked], w)
 
     return by_autograd(value, matrix)
 

@@ -89,7 +89,7 @@ def test_a_regulariser_takes_a_schedule_and_refuses_the_state_of_another() -> No
     ):
         other.load_state_dict(state)
     assert other.step == 0
-    with pytest.raises(ValueError, match="state was saved with the schedule .* give it schedule="):
+    with pytest.raises(ValueError, match=r"state was saved with the schedule .* give it schedule="):
         ox.OrthoRegularizer(net).load_state_dict(state)
     with pytest.raises(ValueError, match="state has no schedule"):
         reg.load_state_dict(ox.OrthoRegularizer(net).state_dict())

@@ -239,7 +239,7 @@ def test_vectors_survive_in_the_state() -> None:
 
 def test_vectors_of_a_copy_are_its_own() -> None:
     reg = ox.OrthoRegularizer(small_net(), "srip")
-    for other in (copy.deepcopy(reg), pickle.loads(pickle.dumps(reg))):  # noqa: S301
+    for other in (copy.deepcopy(reg), pickle.loads(pickle.dumps(reg))):
         before = {k: v.clone() for k, v in reg.state_dict()["vectors"].items()}
         other()
         for key, value in reg.state_dict()["vectors"].items():
@@ -358,7 +358,7 @@ def test_ocnn_takes_strides_from_the_layers_and_skips_what_is_no_2d_convolution(
         )
     want = F.gram_penalty([net.conv.weight, net.fc.weight], "ocnn", strides=[2, 1])
     torch.testing.assert_close(reg(), want.sum())
-    with pytest.raises(ValueError, match="no layer is left to regularise .* not of Conv1d"):
+    with pytest.raises(ValueError, match=r"no layer is left to regularise .* not of Conv1d"):
         ox.OrthoRegularizer(net, "ocnn", include="line")
     with pytest.raises(ValueError, match="bias is True, but a bias has no part in penalty 'ocnn'"):
         ox.OrthoRegularizer(net, "ocnn", bias=True)

@@ -13,7 +13,18 @@ from ..errors import choose
 from ..pruning import CRITERIA
 
 DEVICES = ("auto", "cpu", "cuda")
-STRENGTHS = {"orthoreg": 1e-2, "so": 1e-1, "frobenius": 3e-1, "offdiag": 1e-1, "cosine": 1e-1}
+STRENGTHS = {
+    "orthoreg": 1e-2,
+    "so": 1e-1,
+    "frobenius": 3e-1,
+    "offdiag": 1e-1,
+    "cosine": 1e-1,
+    "dso": 5e-2,
+    "gor": 1e-1,
+    "mc": 1e-1,
+    "srip": 3e-1,
+    "ocnn": 3e-1,
+}
 """Default strength of each penalty; chosen on the digits, see ``Settings``."""
 
 
