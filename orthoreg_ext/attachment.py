@@ -176,11 +176,15 @@ class PreparedTerm:
         return self._scales
 
     def _keep_for_replays(self) -> None:
-        """Replays read the coefficients at any later time: they live as long as a parameter."""
+        """Replays read coefficients and eigenvectors at any later time.
+
+        So they live as long as a parameter.
+        """
         if not self._is_kept:
             parameter = self._term.layers[self._parts[0].layers[0]].weight_parameters()[0]
-            coefficients = [part.coefficients for part in self._parts]
-            weakref.finalize(parameter, coefficients.clear).atexit = False
+            kept = [part.coefficients for part in self._parts]
+            kept += self._term.by_layer.get("vectors", [])
+            weakref.finalize(parameter, kept.clear).atexit = False
             self._is_kept = True
 
     def _add_by_call(self, layers: list[int], scale: Tensor) -> None:

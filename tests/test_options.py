@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -211,6 +213,13 @@ def test_what_is_no_sequence_is_refused() -> None:
         ox.OrthoRegularizer(nn.Linear(3, 3), "so", num_groups=2)
     with pytest.raises(ValueError, match="num_groups is 0, expected"):
         ox.OrthoRegularizer(nn.Linear(3, 3), "gor", num_groups=0)
+
+
+def test_the_page_of_the_penalties_has_all_of_them() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "penalties.md").read_text(encoding="utf-8")
+    first = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    for name in PENALTIES:
+        assert sum(f"`{name}`" in cell for cell in first) == 2, name  # formula, and source
 
 
 def test_every_row_says_all_of_itself() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import orthoreg_ext.functional as F
 from tests.test_in_place import Operators
 
 WHOLE = ("mc", "srip", "ocnn")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 # name, W, rows value, cols value, gradient of the rows value; worked out by hand
 TABLE = [
@@ -76,10 +79,13 @@ def test_nan_passes_through(name: str) -> None:
     assert torch.autograd.grad(values[0], weight)[0].isnan().any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", WHOLE)
-def test_half_precision_is_computed_in_float32_and_keeps_its_layout(name: str) -> None:
+def test_half_precision_is_computed_in_float32_and_keeps_its_layout(name: str, device) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        weight = torch.randn(6, 4, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = (
+            torch.randn(6, 4, 3, 3).to(device, dtype).contiguous(memory_format=torch.channels_last)
+        )
         weight.requires_grad_()
         value = F.gram_penalty([weight], name)
         assert value.dtype == torch.float32
@@ -261,6 +267,24 @@ def test_a_pruned_layer_gets_a_new_vector_and_the_others_keep_theirs() -> None:
     assert value.item() == pytest.approx(sum(r.penalty for r in reg.report()), rel=1e-5)
 
 
+def test_vectors_that_a_cuda_graph_reads_live_as_long_as_the_parameters(monkeypatch) -> None:
+    net = small_net()
+    reg = ox.OrthoRegularizer(net, "srip")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    attachment = reg.attach(optimizer)
+    monkeypatch.setattr("orthoreg_ext.attachment.is_capturing", lambda device: True)
+    optimizer.step()
+    held = [weakref.ref(vector) for vector in reg._plan.vectors().values()]
+    assert len(held) == 2
+    attachment.remove()
+    del reg, optimizer, attachment
+    gc.collect()
+    assert all(ref() is not None for ref in held)
+    del net
+    gc.collect()
+    assert all(ref() is None for ref in held)
+
+
 def test_training_with_srip_brings_the_norm_down() -> None:
     net = small_net()
     reg = ox.OrthoRegularizer(net, "srip", strength=0.1, layer_weights="uniform", include="*")
@@ -369,9 +393,10 @@ def test_ocnn_takes_strides_from_the_layers_and_skips_what_is_no_2d_convolution(
 # --- on an optimizer
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", WHOLE)
-def test_attached_it_adds_the_gradient_of_the_term(name: str) -> None:
-    net = small_net()
+def test_attached_it_adds_the_gradient_of_the_term(name: str, device: str) -> None:
+    net = small_net().to(device)
     term, attached = (ox.OrthoRegularizer(net, name, strength=0.7) for _ in range(2))
     term().backward()
     want = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
@@ -386,9 +411,10 @@ def test_attached_it_adds_the_gradient_of_the_term(name: str) -> None:
             torch.testing.assert_close(parameter.grad, gradient)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", WHOLE)
-def test_an_attached_step_reads_nothing_on_the_host(name: str) -> None:
-    net = small_net()
+def test_an_attached_step_reads_nothing_on_the_host(name: str, device: str) -> None:
+    net = small_net().to(device)
     reg = ox.OrthoRegularizer(net, name)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     reg.attach(optimizer)
