@@ -2,6 +2,7 @@
 
 from .checkpoint import replay
 from .counts import Counts, count
+from .methods import TPP
 from .prune import prune
 from .result import LayerWidth, PruneResult, RoundError
 from .schedule import split_ratio
@@ -9,6 +10,7 @@ from .scores import CRITERIA, Criterion
 
 __all__ = [
     "CRITERIA",
+    "TPP",
     "Counts",
     "Criterion",
     "LayerWidth",

@@ -203,7 +203,7 @@ def check_copy(model: nn.Module, ema: nn.Module) -> nn.Module:
 
 
 def check_unchanged(model: nn.Module, structure: Structure) -> None:
-    """Refuses a model whose layers changed shape since they were traced (between rounds).
+    """Refuses a model whose layers changed shape from outside since they were traced.
 
     Raises:
         RuntimeError: naming the layer.
@@ -216,6 +216,6 @@ def check_unchanged(model: nn.Module, structure: Structure) -> None:
             if tensor is not None and tensor.shape[place.dim] != expected:
                 raise RuntimeError(
                     f"layer {slot.layer!r}: {place.tensor!r} has {tensor.shape[place.dim]} "
-                    f"channels, expected {expected}; between_rounds must not change the shape of a "
-                    "layer"
+                    f"channels, expected {expected}: its shape was changed from outside since the "
+                    "model was traced"
                 )

@@ -3,56 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import choose
 from . import checks
-from .calibration import Loss, check_data, mean_gradients
-from .checkpoint import fingerprint
-from .counts import count, widths
-from .equivalence import checked_commit
-from .removal import Edit, check_optimizer, commit, removal_edits
-from .result import PruneResult, RoundError, layer_widths, records
+from .calibration import Loss, check_data
+from .engine import Engine, Rules
+from .result import PruneResult, RoundError
 from .schedule import check_ratio, check_rounds, removed_share
-from .scores import (
-    CRITERIA,
-    NORMALIZERS,
-    REDUCTIONS,
-    existing_gradients,
-    filters_per_unit,
-    score_slots,
-    scored_slots,
-    unit_scores,
-)
-from .selection import SCOPES, Limits, Pool, check_reachable
-from .structure import trace
-from .units import Group, Structure
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What stays the same over the rounds of one call."""
-
-    model: nn.Module
-    inputs: Any
-    structure: Structure
-    criterion: str
-    scope: str
-    limits: Limits
-    reduction: str
-    normalize: str | None
-    bias: bool
-    data: Iterable[Any] | None
-    loss: Loss | None
-    optimizers: list[Optimizer]
-    ema: nn.Module | None
-    verify: bool
-    original: dict[int, int]  # id of a group -> its filters before the first round
+from .scores import CRITERIA
 
 
 def prune(
@@ -135,73 +96,28 @@ def prune(
             the error's `.result`; the model is as the last round and `between_rounds` left it.
         KeyboardInterrupt: passes unchanged; a round that it meets is undone, those before stay.
     """
-    limits = _check_choices(criterion, scope, normalize, group_reduction, round_to, max_layer_ratio)
+    rules = Rules(criterion, scope, round_to, max_layer_ratio, normalize, group_reduction, bias)
     check_ratio(ratio)
     check_rounds(rounds)
-    checks.refuse_inference_mode()
-    checks.check_model(model)
     checks.check_callable("loss", loss, "loss(output, target)")
     checks.check_callable("between_rounds", between_rounds, "between_rounds(model, round)")
-    names = checks.layer_names(model, ignored)
     if CRITERIA[criterion].needs_grad and data is not None:
         check_data(data, rounds)
-    optimizers = checks.optimizer_list(optimizer)
-    copy = None if ema is None else checks.check_copy(model, ema)
-
-    architecture, before = fingerprint(model), count(model, example_inputs)
-    width_of = widths(model)
-    structure = trace(model, example_inputs, names)
-    checks.keep_frozen(model, structure)
-    checks.require_prunable(structure)
-    checks.refuse_reparametrized(model, structure)
-    job = _Job(
+    engine = Engine(
         model,
         example_inputs,
-        structure,
-        criterion,
-        scope,
-        limits,
-        group_reduction,
-        normalize,
-        bias,
-        data,
-        loss,
-        optimizers,
-        copy,
-        verify,
-        {id(g): int(n.sum()) for g, n in _filters(model, structure)},
+        rules,
+        optimizer=optimizer,
+        ignored=ignored,
+        ema=ema,
+        verify=verify,
     )
-    check_reachable(scope, _pools(job, None), ratio, limits)
-
-    history: list[dict[str, Any]] = []
-    settings = {
-        "criterion": criterion,
-        "ratio": ratio,
-        "scope": scope,
-        "rounds": rounds,
-        "round_to": round_to,
-        "max_layer_ratio": max_layer_ratio,
-        "normalize": normalize,
-        "group_reduction": group_reduction,
-        "bias": bias,
-        "ignored": sorted(names),
-    }
-
-    def result() -> PruneResult:
-        try:
-            after = count(model, example_inputs)
-        except ValueError as error:  # it ran before, so the cut is to blame, not the inputs
-            raise RuntimeError(
-                f"the pruned model does not run on example_inputs any more ({error.__cause__}), "
-                "and it stays so: verify=False skipped the check that would have restored it"
-            ) from error
-        layers = layer_widths(model, structure, width_of)
-        return PruneResult(list(history), before, after, layers, settings, architecture, model)
+    engine.check_ratio(ratio)
 
     done: PruneResult | None = None
     for number, share in enumerate(removed_share(ratio, rounds), start=1):
         try:
-            history += _round(job, share, number)
+            engine.remove(engine.select(engine.score(data, loss), share))
         except (ValueError, RuntimeError) as error:
             if done is None:
                 raise
@@ -210,12 +126,13 @@ def prune(
                 "and its training left it; the result so far is in this error's .result",
                 done,
             ) from error
-        done = result()  # now: after a failed between_rounds the model may not run any more
+        # now: after a failed between_rounds the model may not run any more
+        done = engine.result(ratio=ratio, rounds=rounds)
         if between_rounds is None or number == rounds:
             continue
         try:
             between_rounds(model, number)
-            checks.check_unchanged(model, structure)
+            checks.check_unchanged(model, engine.structure)
         except Exception as error:
             raise RoundError(
                 f"between_rounds failed after round {number} of {rounds} "
@@ -225,78 +142,3 @@ def prune(
             ) from error
     assert done is not None  # rounds >= 1
     return done
-
-
-def _check_choices(
-    criterion: str,
-    scope: str,
-    normalize: str | None,
-    group_reduction: str,
-    round_to: int,
-    max_layer_ratio: float,
-) -> Limits:
-    choose("criterion", criterion, CRITERIA)
-    choose("scope", scope, SCOPES)
-    choose("group_reduction", group_reduction, REDUCTIONS)
-    if normalize is not None:
-        choose("normalize", normalize, NORMALIZERS)
-    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
-        raise ValueError(f"round_to is {round_to!r}, expected an integer of at least 1, e.g. 8")
-    if not isinstance(max_layer_ratio, (int, float)) or not 0 < max_layer_ratio <= 1:
-        raise ValueError(
-            f"max_layer_ratio is {max_layer_ratio!r}, expected a number in (0, 1]: the largest "
-            "share of a layer that may be removed"
-        )
-    return Limits(float(max_layer_ratio), round_to)
-
-
-def _filters(model: nn.Module, structure: Structure) -> list[tuple[Group, Tensor]]:
-    groups = structure.prunable
-    slots = scored_slots(model, structure, CRITERIA["l1"], bias=False)
-    return list(zip(groups, filters_per_unit(groups, slots), strict=True))
-
-
-def _pools(job: _Job, scores: list[Tensor] | None) -> list[Pool]:
-    """The groups as selection sees them; without scores all units are equal."""
-    pools = []
-    for i, (group, filters) in enumerate(_filters(job.model, job.structure)):
-        values = torch.zeros(len(group.units), dtype=torch.float64) if scores is None else scores[i]
-        total = job.original[id(group)]
-        pools.append(Pool(group.name, values, filters, group.original, total, group.channels))
-    return pools
-
-
-def _round(job: _Job, share: float, number: int) -> list[dict[str, Any]]:
-    """Scores, selects and removes once; returns the history of the round."""
-    row, structure = CRITERIA[job.criterion], job.structure
-    for optimizer in job.optimizers:
-        check_optimizer(optimizer, job.model)
-    scored = scored_slots(job.model, structure, row, job.bias)
-    gradients = None
-    if row.needs_grad:
-        parameters = {name: p for entry in scored for name, p in entry.parameters.items()}
-        if job.data is None:
-            gradients = existing_gradients(parameters)
-        else:
-            gradients = mean_gradients(job.model, parameters, job.data, job.loss)
-    pieces = score_slots(scored, row, job.criterion, gradients) if scored else []
-    groups = structure.prunable
-    scores = unit_scores(groups, scored, pieces, job.reduction, job.normalize)
-    blocks = SCOPES[job.scope](_pools(job, scores), share, job.limits)
-    if not blocks:
-        return []
-    removed = torch.cat([groups[block.pool].units[list(block.units)] for block in blocks])
-    _remove(job, removed)
-    entries = records(structure, removed, number)
-    structure.shrink(removed)
-    return entries
-
-
-def _remove(job: _Job, removed: Tensor) -> None:
-    edits: list[Edit] = removal_edits(job.model, job.structure, removed, job.optimizers)
-    if job.ema is not None:
-        edits += removal_edits(job.ema, job.structure, removed, label="ema")
-    if job.verify:
-        checked_commit(job.model, job.structure, removed, edits, job.inputs)
-    else:
-        commit(edits)

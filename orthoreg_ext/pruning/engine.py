@@ -1,0 +1,243 @@
+"""What `prune` and every method share: scoring, choosing and removing units of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import choose
+from . import checks
+from .calibration import Loss, mean_gradients
+from .checkpoint import fingerprint
+from .counts import count, widths
+from .equivalence import checked_commit
+from .history import check_history, units_of
+from .removal import check_optimizer, commit, removal_edits
+from .result import PruneResult, layer_widths, records
+from .scores import (
+    CRITERIA,
+    NORMALIZERS,
+    REDUCTIONS,
+    existing_gradients,
+    filters_per_unit,
+    score_slots,
+    scored_slots,
+    unit_scores,
+)
+from .selection import SCOPES, Limits, Pool, check_reachable
+from .structure import trace
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How units are scored, ranked and limited.
+
+    Attributes:
+        criterion: a name of CRITERIA; low scores go first.
+        scope: a name of SCOPES.
+        round_to: the remaining channels of each pruned group are a multiple of it.
+        max_layer_ratio: the largest share of a group's units, of its original count, that may go.
+        normalize: None, or divide the scores of each group by their "mean", "max" or "sum".
+        group_reduction: "mean", "sum", "max", or "first".
+        bias: count a filter's bias among its entries.
+
+    Raises:
+        ValueError: one is unknown or out of range.
+    """
+
+    criterion: str = "fisher"
+    scope: str = "global"
+    round_to: int = 1
+    max_layer_ratio: float = 0.95
+    normalize: str | None = None
+    group_reduction: str = "mean"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        choose("criterion", self.criterion, CRITERIA)
+        choose("scope", self.scope, SCOPES)
+        choose("group_reduction", self.group_reduction, REDUCTIONS)
+        if self.normalize is not None:
+            choose("normalize", self.normalize, NORMALIZERS)
+        step, share = self.round_to, self.max_layer_ratio
+        if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+            raise ValueError(f"round_to is {step!r}, expected an integer of at least 1, e.g. 8")
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(
+                f"max_layer_ratio is {share!r}, expected a number in (0, 1]: the largest share of "
+                "a layer that may be removed"
+            )
+
+    @property
+    def limits(self) -> Limits:
+        """What has to stay in every group."""
+        return Limits(float(self.max_layer_ratio), self.round_to)
+
+
+class Engine:
+    """A traced model from which units are removed, with the optimizers and the copy that follow.
+
+    Args:
+        model: pruned in place.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        rules: how units are ranked and limited.
+        optimizer: one or several whose state follows the cut.
+        ignored: layers (names or modules) that keep their filters.
+        ema: a copy of the model (or its AveragedModel) that is cut alike.
+        verify: check that every cut leaves what the model computes without the removed channels.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed.
+        TypeError, ValueError: an argument is wrong; nothing was changed.
+        RuntimeError: the model cannot be followed, or inside `torch.inference_mode()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        rules: Rules,
+        *,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        ignored: Iterable[str | nn.Module] = (),
+        ema: nn.Module | None = None,
+        verify: bool = True,
+    ) -> None:
+        checks.refuse_inference_mode()
+        self.model = checks.check_model(model)
+        self.inputs = example_inputs
+        self.rules = rules
+        self.ignored = checks.layer_names(model, ignored)
+        self.optimizers = checks.optimizer_list(optimizer)
+        self.ema = None if ema is None else checks.check_copy(model, ema)
+        self.verify = verify
+        self.architecture, self.before = fingerprint(model), count(model, example_inputs)
+        self.structure = trace(model, example_inputs, self.ignored)
+        checks.keep_frozen(model, self.structure)
+        checks.require_prunable(self.structure)
+        checks.refuse_reparametrized(model, self.structure)
+        self.history: list[dict[str, Any]] = []
+        self.rounds = 0  # how often something was removed
+        self._widths = widths(model)
+        self._originals = [int(filters.sum()) for filters in self._filters()]
+
+    def check_ratio(self, ratio: float) -> None:
+        """Refuses a ratio that would empty a layer, break a limit or remove nothing.
+
+        Raises:
+            ValueError: naming the layers at their limit.
+        """
+        check_reachable(self.rules.scope, self.pools(), ratio, self.rules.limits)
+
+    def score(
+        self, data: Iterable[Any] | None = None, loss: Loss | None = None
+    ) -> list[Tensor]:  # each [u] float64, CPU
+        """The scores of the units of every prunable group by the criterion of the rules.
+
+        Args:
+            data: (input, target) batches for criteria with gradients; without it the existing
+                `.grad` is used.
+            loss: (output, target) -> mean loss; cross entropy by default.
+
+        Raises:
+            ValueError: a gradient is missing, or a score is not finite.
+        """
+        rules, row = self.rules, CRITERIA[self.rules.criterion]
+        scored = scored_slots(self.model, self.structure, row, rules.bias)
+        gradients = None
+        if row.needs_grad:
+            parameters = {name: p for entry in scored for name, p in entry.parameters.items()}
+            if data is None:
+                gradients = existing_gradients(parameters)
+            else:
+                gradients = mean_gradients(self.model, parameters, data, loss)
+        pieces = score_slots(scored, row, rules.criterion, gradients) if scored else []
+        return unit_scores(
+            self.structure.prunable, scored, pieces, rules.group_reduction, rules.normalize
+        )
+
+    def pools(self, scores: Sequence[Tensor] | None = None) -> list[Pool]:
+        """The prunable groups as selection sees them; without scores all units are equal."""
+        groups, pools = self.structure.prunable, []
+        for i, (group, filters) in enumerate(zip(groups, self._filters(), strict=True)):
+            values = torch.zeros(len(group.units), dtype=torch.float64)
+            values = values if scores is None else scores[i]
+            original = group.original, self._originals[i]
+            pools.append(Pool(group.name, values, filters, *original, group.channels))
+        return pools
+
+    def select(self, scores: Sequence[Tensor], share: float) -> Tensor:  # [r] int64
+        """The units to remove now, for `share` of the original filters to be gone in total."""
+        groups, pools = self.structure.prunable, self.pools(scores)
+        blocks = SCOPES[self.rules.scope](pools, share, self.rules.limits)
+        chosen = [groups[block.pool].units[list(block.units)] for block in blocks]
+        return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64)
+
+    def remove(self, units: Tensor) -> None:  # [r] int64
+        """Removes units from the model and all that follows it, as one round of the history.
+
+        Raises:
+            ValueError: an optimizer's state cannot follow.
+            RuntimeError: the removal failed, or a layer has changed shape since; the model was
+                restored.
+        """
+        for optimizer in self.optimizers:
+            check_optimizer(optimizer, self.model)
+        checks.check_unchanged(self.model, self.structure)
+        if len(units):
+            self._cut(units, self.verify)
+        self.rounds += 1
+        self.history += records(self.structure, units, self.rounds)
+        self.structure.shrink(units)
+
+    def replay(self, history: Sequence[dict[str, Any]]) -> None:
+        """Repeats the cuts of a history on the unpruned model, e.g. to resume.
+
+        Raises:
+            ValueError: it is no history of this architecture, or something was removed already.
+        """
+        if self.history:
+            raise ValueError("a history can only be repeated on the unpruned model")
+        units = units_of(self.structure, check_history(history))
+        self._cut(units, False)
+        self.structure.shrink(units)
+        self.history = list(history)
+        self.rounds = max((entry["round"] for entry in history), default=0)
+
+    def result(self, **settings: Any) -> PruneResult:
+        """What was done so far; `settings` stand beside those of the rules.
+
+        Raises:
+            RuntimeError: the pruned model does not run on the example inputs.
+        """
+        try:
+            after = count(self.model, self.inputs)
+        except ValueError as error:  # it ran before, so the cut is to blame, not the inputs
+            raise RuntimeError(
+                f"the pruned model does not run on example_inputs any more ({error.__cause__}), "
+                "and it stays so: verify=False skipped the check that would have restored it"
+            ) from error
+        layers = layer_widths(self.model, self.structure, self._widths)
+        settings = {**asdict(self.rules), "ignored": sorted(self.ignored), **settings}
+        history = list(self.history)
+        return PruneResult(
+            history, self.before, after, layers, settings, self.architecture, self.model
+        )
+
+    def _filters(self) -> list[Tensor]:  # each [u] int64
+        slots = scored_slots(self.model, self.structure, CRITERIA["l1"], bias=False)
+        return filters_per_unit(self.structure.prunable, slots)
+
+    def _cut(self, units: Tensor, verify: bool) -> None:
+        edits = removal_edits(self.model, self.structure, units, self.optimizers)
+        if self.ema is not None:
+            edits += removal_edits(self.ema, self.structure, units, label="ema")
+        if verify:
+            checked_commit(self.model, self.structure, units, edits, self.inputs)
+        else:
+            commit(edits)

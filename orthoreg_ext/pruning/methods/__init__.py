@@ -1,0 +1,3 @@
+from .tpp import TPP
+
+__all__ = ["TPP"]

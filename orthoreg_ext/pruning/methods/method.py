@@ -1,0 +1,182 @@
+"""What every method with a schedule is: an object that a training loop tells where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..engine import Engine, Rules
+from ..held import Holders
+from ..result import PruneResult
+from ..schedule import check_ratio
+
+
+class Method:
+    """Base of the methods: counts steps and epochs, chooses and removes units, saves and resumes.
+
+    A training loop calls ::
+
+        loss.backward()
+        method.before_step()    # may add to the gradients
+        optimizer.step()
+        method.after_step()     # may write weights, or remove units
+        ...
+        method.after_epoch()
+        ...
+        result = method.finish()    # removes what is left to remove
+
+    and may stop when ``method.done``. A method writes these calls where it needs them, and what it
+    has to remember in :meth:`_state` and :meth:`_load`.
+
+    Args:
+        model: pruned in place.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        ratio: the share of the prunable filters to remove in total, in (0, 1).
+        optimizer: the one that trains the model, or several; their state follows the cut.
+        ignored: layers (names or modules) that keep their filters.
+        ema: a copy of the model that is cut alike.
+        verify: check that every cut leaves what the model computes without the removed channels.
+        rules: fields of :class:`~orthoreg_ext.pruning.engine.Rules`: criterion, scope, round_to,
+            max_layer_ratio, normalize, group_reduction, bias; the method has its own defaults.
+
+    Attributes:
+        steps: optimizer steps seen.
+        epochs: epochs seen.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong or cannot be met; nothing was changed.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {}  # of the rules
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        ratio: float = 0.5,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        ignored: Iterable[str | nn.Module] = (),
+        ema: nn.Module | None = None,
+        verify: bool = True,
+        **rules: Any,
+    ) -> None:
+        check_ratio(ratio)
+        self.ratio = ratio
+        self.engine = Engine(
+            model,
+            example_inputs,
+            Rules(**{**self.DEFAULTS, **rules}),
+            optimizer=optimizer,
+            ignored=ignored,
+            ema=ema,
+            verify=verify,
+        )
+        self.engine.check_ratio(ratio)
+        self.steps = 0
+        self.epochs = 0
+        self._holders: Holders | None = None
+        self._result: PruneResult | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is pruned."""
+        return self.engine.model
+
+    @property
+    def holders(self) -> Holders:
+        """The parameters of the units, as the model has them now."""
+        if self._holders is None:
+            self._holders = Holders(self.model, self.engine.structure)
+        return self._holders
+
+    @property
+    def done(self) -> bool:
+        """Whether the schedule is over, so that :meth:`finish` may be called."""
+        return self._result is not None
+
+    def before_step(self) -> None:
+        """To be called after ``loss.backward()``, before ``optimizer.step()``."""
+
+    def after_step(self) -> None:
+        """To be called after ``optimizer.step()``."""
+        self.steps += 1
+
+    def after_epoch(self) -> None:
+        """To be called after every epoch."""
+        self.epochs += 1
+
+    def finish(self) -> PruneResult:
+        """Removes what is left to remove, and says what was done; a second call only says it."""
+        if self._result is None:
+            self._finish()
+            self._result = self.engine.result(method=type(self).__name__, **self._settings())
+        return self._result
+
+    def _finish(self) -> None:
+        """Removes what is left to remove."""
+
+    def remove(self, units: Tensor) -> None:  # [r] int64
+        """Removes units from the model and all that follows it."""
+        self.engine.remove(units)
+        self._holders = None  # its parameters are others now
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, ready for JSON."""
+        return {
+            "method": type(self).__name__,
+            "settings": {**vars(self.engine.rules), **self._settings()},
+            "architecture": self.engine.architecture,
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "history": list(self.engine.history),
+            "finished": self._result is not None,
+            **self._state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a :meth:`state_dict`, on a method freshly made for the unpruned model.
+
+        Removes what had been removed; load the weights and the optimizer's state afterwards.
+
+        Raises:
+            ValueError: the state is of another method, other settings or another architecture, or
+                this method has begun already. Nothing was changed.
+        """
+        own = self.state_dict()
+        if missing := sorted(set(own) - set(state)):
+            raise ValueError(
+                f"state has no {', '.join(missing)}: is it the state_dict of a "
+                f"{type(self).__name__}?"
+            )
+        for key in ("method", "architecture", "settings"):
+            if state[key] != own[key]:
+                raise ValueError(
+                    f"state was saved with {key} {state[key]!r}, but here it is {own[key]!r}"
+                )
+        if self.steps or self.epochs or self.engine.history:
+            raise ValueError("this method has begun already; load the state into a fresh one")
+        self.engine.replay(state["history"])
+        self._holders = None
+        self.steps, self.epochs = int(state["steps"]), int(state["epochs"])
+        self._load(state)
+        if state["finished"]:
+            self._result = self.engine.result(method=type(self).__name__, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments of the method that a resumed run must share, ready for JSON."""
+        return {"ratio": self.ratio}
+
+    def _state(self) -> dict[str, Any]:
+        """What this method has to remember beside its counts, ready for JSON."""
+        return {}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Takes what :meth:`_state` gave."""
+
+    def lowest(self) -> Tensor:  # [r] int64
+        """The units to remove by the rules, for the ratio to be gone in total."""
+        return self.engine.select(self.engine.score(), self.ratio)
