@@ -18,6 +18,7 @@ from .build_info import build_info
 BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
+PLOTS = (".svg", ".png", ".pdf")
 _REPORTED = (ValueError, ImportError, ArithmeticError, OSError, RuntimeError, MemoryError)
 
 
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong), 2 for bad input, 130 after Ctrl-C. Errors are one line on stderr.
     """
     options = _parser().parse_args(argv)
-    work = {"info": _info, "prune": _prune, "bench": _bench}[options.command]
+    commands = {"info": _info, "prune": _prune, "bench": _bench}
+    work = {**commands, "analyze": _analyze, "sensitivity": _sensitivity}[options.command]
     try:
         return work(options)
     except KeyboardInterrupt:
@@ -59,8 +61,10 @@ def _text(error: Exception, command: str) -> str:
     """What an error says, without the number that OSError puts in front."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         whose = "the GPU's memory" if isinstance(error, RuntimeError) else "the memory"
-        if command == "bench":
+        if command in ("bench", "sensitivity"):
             return f"{whose} does not suffice for MODEL and its gradients; name a smaller one"
+        if command == "analyze":
+            return f"{whose} does not suffice for MODEL; take fewer --samples or a smaller one"
         return (
             f"{whose} does not suffice; what was stored is intact: make room and continue with "
             "--resume, or start again with a smaller --batch-size and another --out"
@@ -139,7 +143,82 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+
+    analyze = commands.add_parser(
+        "analyze",
+        help="how orthogonal, redundant and trainable the filters of your model are",
+        description="Prints for every layer the degree of orthogonality, |cosines|, condition "
+        "number and dead filters; with --data also the additivity gap of importances and the "
+        "singular values of the Jacobian. docs/diagnostics.md says what they mean.",
+        allow_abbrev=False,
+    )
+    analyze.add_argument("model", metavar="MODEL", help="vgg, resnet, or pkg.module:factory")
+    analyze.add_argument(
+        "--data", metavar="NAME", help="digits, DIR/class/*.png or file.npz; its training images"
+    )
+    analyze.add_argument(
+        "--weights", type=Path, metavar="FILE", help="state dict of the model (.safetensors, .pt)"
+    )
+    analyze.add_argument(
+        "--samples", type=int, default=1024, metavar="N", help="images used (%(default)s)"
+    )
+    analyze.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of parameters and images (%(default)s)"
+    )
+    analyze.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)"
+    )
+    analyze.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
+    analyze.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    analyze.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw them there (.svg, .png, .pdf)"
+    )
+    _add_sensitivity(commands)
     return parser
+
+
+def _add_sensitivity(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "sensitivity",
+        help="the accuracy or loss of a model when one coupled group of its layers alone is cut",
+        description="Cuts each coupled group of layers alone, at several ratios, and measures the "
+        "model on the held-out part of the data. The model is as its factory returns it, or as "
+        "--weights says.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="vgg, resnet, or pkg.module:factory")
+    parser.add_argument(
+        "--data", default="digits", metavar="DATA", help="digits, a folder or an .npz (%(default)s)"
+    )
+    parser.add_argument("--image-size", type=int, metavar="N", help="resize images to N x N")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="PATH",
+        help="state dict of the model (.safetensors, .pt), or the folder of a pruned one",
+    )
+    parser.add_argument("--criterion", default="fisher", metavar="NAME", help="(%(default)s)")
+    parser.add_argument(
+        "--metric", choices=("accuracy", "loss"), default="accuracy", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--ratios",
+        default="0.25,0.5,0.75",
+        metavar="X,X",
+        help="shares of each group (%(default)s)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="training images for the criterion's gradients (%(default)s)",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -204,20 +283,73 @@ def _prune(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from .bench import bench, table
 
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads is {options.threads}; expected a positive number")
-        torch.set_num_threads(options.threads)
-    if options.json and not options.json.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {str(options.json.parent)!r}; make it first")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_folders(options, "json")
+    device = _device_and_threads(options)
     result = bench(options.model, penalty=options.penalty, device=device, seconds=options.seconds)
     print(table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    from .experiment.sensitivity import table
+
+    _check_folders(options, "json")
+
+    def show(done: int, total: int) -> None:
+        print(f"{done} of {total} measurements", file=sys.stderr)
+
+    names = ("image_size", "weights", "criterion", "metric", "ratios", "samples", "device")
+    given = {name: getattr(options, name) for name in names}
+    result = table(options.model, options.data, **given, progress=None if options.quiet else show)
+    print(result)
+    if options.json:
+        options.json.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
+    return 0
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    from .analyze import analyze
+    from .experiment.extras import require
+
+    _check_folders(options, "json", "plot")
+    if options.plot and options.plot.suffix not in PLOTS:
+        raise ValueError(f"--plot is {str(options.plot)!r}; expected a file *{', *'.join(PLOTS)}")
+    if options.plot:
+        require("matplotlib.figure")
+    result = analyze(
+        options.model,
+        data=options.data,
+        weights=options.weights,
+        samples=options.samples,
+        seed=options.seed,
+        device=_device_and_threads(options),
+    )
+    print(result)
+    if options.json:
+        options.json.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+    if options.plot:
+        result.plot(options.plot)
+    return 0
+
+
+def _device_and_threads(options: argparse.Namespace) -> str:
+    """Sets the number of threads; returns the device."""
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads is {options.threads}; expected a positive number")
+        torch.set_num_threads(options.threads)
+    if options.device != "auto":
+        return str(options.device)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_folders(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        path = getattr(options, name)
+        if path and not path.parent.is_dir():
+            raise ValueError(f"--{name}: there is no folder {str(path.parent)!r}; make it first")
 
 
 if __name__ == "__main__":
