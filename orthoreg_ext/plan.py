@@ -18,7 +18,7 @@ from .errors import unknown_name
 from .in_place import is_capturing
 from .layers import FilterLayer, SkippedLayer, inspect_layers
 from .options import check_num_groups, count_groups
-from .penalties import Row
+from .penalties import PENALTIES, Row
 from .reference import compute_dtype
 from .whole_matrix import start_vectors
 
@@ -151,16 +151,16 @@ class ModelState:
 class Selection:
     """The arguments of OrthoRegularizer that choose layers."""
 
-    penalty: Row
     side: str
     layer_weights: LayerWeights
     include: Selector | None
     exclude: Selector | None
     bias: bool | str
     max_dim: int
-    num_groups: int | None
+    penalty: Row = PENALTIES["orthoreg"]
+    num_groups: int | None = None
 
-    def plan(self, model: nn.Module, vectors: Mapping[str, Tensor]) -> Plan:
+    def plan(self, model: nn.Module, vectors: Mapping[str, Tensor] | None = None) -> Plan:
         """Sorts the layers that a model has now; `vectors` are those of the plan before."""
         found, skipped = inspect_layers(model)
         taken: list[FilterLayer] = []
@@ -182,7 +182,7 @@ class Selection:
                 factors=[factors[i] for i in indices],
                 coefficients=_on_device([factors[i] for i in indices], _widest(taken), device),
                 common={} if self.num_groups is None else {"num_groups": self.num_groups},
-                by_layer=self._by_layer([taken[i] for i in indices], vectors),
+                by_layer=self._by_layer([taken[i] for i in indices], vectors or {}),
             )
             for device, indices in by_device.items()
         ]

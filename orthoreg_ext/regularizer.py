@@ -127,7 +127,7 @@ class OrthoRegularizer:
         self.schedule = schedule
         self.step = 0  # calls of this object; attached optimizers count their own steps
         self._selection = Selection(
-            *(row, self.side, layer_weights, include, exclude, bias, max_dim, num_groups)
+            *(self.side, layer_weights, include, exclude, bias, max_dim, row, num_groups)
         )
         self._attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Attachment] = (
             weakref.WeakKeyDictionary()
@@ -137,7 +137,7 @@ class OrthoRegularizer:
         )
         self._loaded_steps: list[int] = []
         self._selection.check(model)
-        self._plan = plan = self._selection.plan(model, {})
+        self._plan = plan = self._selection.plan(model)
         self._state: ModelState | None = ModelState(model)
         if not plan.terms:
             reasons = "; ".join(f"{s.name!r}: {s.reason}" for s in plan.skipped)
