@@ -6,7 +6,7 @@ from .methods import TPP
 from .prune import plan, prune
 from .result import LayerWidth, PrunePlan, PruneResult, RoundError
 from .schedule import split_ratio
-from .scores import CRITERIA, Criterion
+from .scores import CRITERIA, Criterion, exemplar, variety
 from .sensitivity import GroupSensitivity, Sensitivity, sensitivity
 
 __all__ = [
@@ -21,9 +21,11 @@ __all__ = [
     "RoundError",
     "Sensitivity",
     "count",
+    "exemplar",
     "plan",
     "prune",
     "replay",
     "sensitivity",
     "split_ratio",
+    "variety",
 ]

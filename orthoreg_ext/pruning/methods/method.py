@@ -40,7 +40,7 @@ class Method:
         ema: a copy of the model that is cut alike.
         verify: check that every cut leaves what the model computes without the removed channels.
         rules: fields of :class:`~orthoreg_ext.pruning.engine.Rules`: criterion, scope, round_to,
-            max_layer_ratio, normalize, group_reduction, bias; the method has its own defaults.
+            max_layer_ratio, normalize, group_reduction, bias, dim; the method has its own defaults.
 
     Attributes:
         steps: optimizer steps seen.
@@ -128,7 +128,7 @@ class Method:
         """What a resumed run needs, ready for JSON."""
         return {
             "method": type(self).__name__,
-            "settings": {**vars(self.engine.rules), **self._settings()},
+            "settings": {**self.engine.rules.document(), **self._settings()},
             "architecture": self.engine.architecture,
             "steps": self.steps,
             "epochs": self.epochs,
