@@ -23,22 +23,13 @@ from .errors import choose
 from .in_place import add_in_place, written_in_place
 from .members import group_members as group_members  # part of this module's interface
 from .options import Options, Stride, check_options, check_taken, split_groups
+from .parts import gather, given, pick, take
 from .penalties import Penalty, Row, WholeMatrix, get_penalty
 from .precision import selected as selected_precision
 from .scores import accumulate_fisher_ as accumulate_fisher_
 from .scores import filter_scores as filter_scores
 from .scores import group_scores as group_scores
 from .sides import SIDES, Sides, check_pruned, check_targets, choose_sides, count_pruned
-
-
-def _gather(parts: list[Tensor], indices: list[list[int]]) -> Tensor:  # [L]
-    """Puts per-precision results back into the order of the layers, in the widest precision."""
-    if len(parts) == 1:
-        return parts[0]
-    order = [i for part in indices for i in part]
-    double = any(part.dtype == torch.float64 for part in parts)
-    joined = torch.cat([part.double() if double else part for part in parts])
-    return _rows(joined, sorted(range(len(order)), key=order.__getitem__))
 
 
 def gram(
@@ -145,17 +136,6 @@ def _finish(
     return values if penalty.factor == 1 else values * penalty.factor
 
 
-def _take(rows: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
-    """The masks or targets of some of the layers; no list where none of them has one."""
-    taken = [rows[i] for i in indices] if rows else []
-    return taken if any(of.numel() for of in taken) else []
-
-
-def _given(rows: list[Tensor], indices: Sequence[int]) -> list[Tensor | None]:
-    """The masks or targets of some of the layers, as an argument."""
-    return [rows[i] if rows and rows[i].numel() else None for i in indices]
-
-
 def gram_penalty(
     weights: Sequence[Tensor],  # each [n, ...]
     penalty: str = "orthoreg",
@@ -232,12 +212,12 @@ def gram_penalty(
     parts = by_precision(layers)
     found = [
         _penalty_values(
-            *(layers.take(part), _take(masks, part), _take(aims, part)),
+            *(layers.take(part), take(masks, part), take(aims, part)),
             *(row, sides.take(part), options.take(part)),
         )
         for part in parts
     ]
-    values = _finish(_gather(found, parts), row, sides, masks)
+    values = _finish(gather(found, parts), row, sides, masks)
     return values if factors is None else values * factors.to(values.dtype)
 
 
@@ -315,8 +295,8 @@ def add_gram_penalty_grad_(
                 [original[i] for i in rest],
                 penalty,
                 side=side,
-                pruned=_given(masks, rest),
-                targets=_given(aims, rest),
+                pruned=given(masks, rest),
+                targets=given(aims, rest),
                 biases=None if biases is None else [biases[i] for i in rest],
                 groups=[given_groups[i] for i in rest],
                 num_groups=num_groups,
@@ -324,37 +304,21 @@ def add_gram_penalty_grad_(
                 vectors=None if vectors is None else [vectors[i] for i in rest],
             )
             if values.requires_grad:
-                (values * _rows(scale, rest).to(values.dtype)).sum().backward()
+                (values * pick(scale, rest).to(values.dtype)).sum().backward()
         parts.append(rest)
         results.append(values.detach())
     for precision_part in by_precision(layers):
         part = [i for i in precision_part if in_place[i]]
         if part:
-            taken, sided, masked = layers.take(part), sides.take(part), _take(masks, part)
+            taken, sided, masked = layers.take(part), sides.take(part), take(masks, part)
             added = add_in_place(
-                *(str(namespace), taken, masked, _take(aims, part)),
-                *(row, sided, _rows(scale, part), precision),
+                *(str(namespace), taken, masked, take(aims, part)),
+                *(row, sided, pick(scale, part), precision),
             )
             parts.append(part)
             results.append(_finish(added, row, sided, masked))
-    values = _gather(results, parts)
+    values = gather(results, parts)
     return values if factors is None else values * factors.to(values.dtype)
-
-
-def _rows(tensor: Tensor, indices: list[int]) -> Tensor:
-    """Some entries of a tensor, at least one; a run of neighbours is not copied.
-
-    No tensor of indices is made: it would have to be copied from the host, which waits for a GPU
-    and which no CUDA graph can capture.
-    """
-    runs: list[list[int]] = []  # [first, behind the last]
-    for i in indices:
-        if runs and runs[-1][1] == i:
-            runs[-1][1] = i + 1
-        else:
-            runs.append([i, i + 1])
-    pieces = [tensor[first:behind] for first, behind in runs]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def filter_correlation(weights: Sequence[Tensor]) -> list[Tensor]:  # each [n, n]
