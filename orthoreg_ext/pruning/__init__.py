@@ -2,7 +2,7 @@
 
 from .checkpoint import replay
 from .counts import Counts, count
-from .methods import TPP
+from .methods import TPP, GReg1, GReg2, IncReg, OrthP, Slimming, SoftFilter, orthogonalise
 from .prune import plan, prune
 from .result import LayerWidth, PrunePlan, PruneResult, RoundError
 from .schedule import split_ratio
@@ -14,14 +14,21 @@ __all__ = [
     "TPP",
     "Counts",
     "Criterion",
+    "GReg1",
+    "GReg2",
     "GroupSensitivity",
+    "IncReg",
     "LayerWidth",
+    "OrthP",
     "PrunePlan",
     "PruneResult",
     "RoundError",
     "Sensitivity",
+    "Slimming",
+    "SoftFilter",
     "count",
     "exemplar",
+    "orthogonalise",
     "plan",
     "prune",
     "replay",
