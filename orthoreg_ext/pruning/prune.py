@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from . import checks
 from .calibration import Loss, check_data
-from .engine import Engine, Rules
+from .engine import Engine
 from .result import PrunePlan, PruneResult, RoundError
+from .rules import Rules
 from .schedule import check_ratio, check_rounds, removed_share
 from .scores import Criterion
 

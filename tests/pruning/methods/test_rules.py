@@ -22,8 +22,8 @@ from orthoreg_ext.pruning import (
     SoftFilter,
     methods,
 )
-from orthoreg_ext.pruning.engine import Rules
 from orthoreg_ext.pruning.methods.method import Method
+from orthoreg_ext.pruning.rules import Rules
 
 from ..nets import ResNet
 
