@@ -44,7 +44,7 @@ class Method:
         verify: check that every cut leaves what the model computes without the removed channels.
         rules: fields of :class:`~orthoreg_ext.pruning.rules.Rules`: criterion, scope, target,
             round_to, max_layer_ratio, normalize, group_reduction, bias, dim; the method has its own
-            defaults.
+            defaults. No scope "one_at_a_time".
 
     Attributes:
         steps: optimizer steps seen.
@@ -70,6 +70,11 @@ class Method:
     ) -> None:
         if ratio is not None:
             check_ratio(ratio)
+        if rules.get("scope") == "one_at_a_time":
+            raise ValueError(
+                "scope='one_at_a_time' scores anew after every few units, which a method with a "
+                "schedule does not; use scope='global', or prune() after the training"
+            )
         self.ratio = ratio
         self.engine = Engine(
             model,

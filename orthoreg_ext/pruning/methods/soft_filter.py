@@ -11,7 +11,7 @@ from torch import nn
 
 from ...errors import choose
 from ..schedule import check_ratio
-from .checks import steps
+from .checks import steps, weights_alone
 from .method import Method
 
 KINDS = ("sfp", "asfp", "srfp", "asrfp")
@@ -86,6 +86,7 @@ class SoftFilter(Method):
         self.duration, self.every = steps("duration", duration), steps("every", every)
         super().__init__(model, example_inputs, **arguments)
         check_ratio(self.ratio)
+        weights_alone(self.engine.rules)
         self.chosen = torch.empty(0, dtype=torch.int64)
 
     @property

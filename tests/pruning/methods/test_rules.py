@@ -12,15 +12,18 @@ from torch import Tensor
 from orthoreg_ext.pruning import (
     FPGM,
     TPP,
+    Criterion,
     EarlyBird,
     GReg1,
     GReg2,
     IncReg,
+    OrthoReg,
     OrthP,
     RePr,
     Slimming,
     SoftFilter,
     methods,
+    variety,
 )
 from orthoreg_ext.pruning.methods.method import Method
 from orthoreg_ext.pruning.rules import Rules
@@ -71,3 +74,20 @@ def test_a_second_finish_says_the_same(cls: type[Method], x: Tensor) -> None:
     assert method.done
     assert method.finish() is result
     assert method.state_dict()["finished"]
+
+
+@pytest.mark.parametrize("cls", [*FINISHING, OrthoReg])
+def test_scoring_anew_after_every_unit_is_left_to_prune(cls: type[Method], x: Tensor) -> None:
+    with pytest.raises(ValueError, match="scope='global', or prune"):
+        cls(ResNet(), x, scope="one_at_a_time")
+
+
+@pytest.mark.parametrize("cls", [EarlyBird, GReg2, Slimming, SoftFilter])
+@pytest.mark.parametrize("criterion", ["fisher", "grasp", variety("taylor")])
+def test_what_is_chosen_amid_the_training_is_chosen_by_weights(
+    cls: type[Method], criterion: str | Criterion, x: Tensor
+) -> None:
+    model = ResNet()
+    model.eval()(x).square().mean().backward()  # gradients that are there do not change it
+    with pytest.raises(ValueError, match="needs gradients over data, which this method"):
+        cls(model, x, criterion=criterion)
