@@ -20,7 +20,7 @@ from orthoreg_ext.pruning.methods import (
 )
 from orthoreg_ext.pruning.methods.method import Method
 
-from .driving import assert_consistent, hooks_of
+from .loops import check_optimizer, hooks_of
 
 datasets = pytest.importorskip("sklearn.datasets")
 
@@ -168,7 +168,7 @@ def test_half_of_the_filters_go_and_the_accuracy_stays(name: str, digits: Digits
     assert gone == 40 if name != "EPruner" else 36 <= gone <= 48  # of 80
     assert hooks_of(model, optimizer) == 0
     retrain(model, optimizer, digits.train, epochs)
-    assert_consistent(model, optimizer)
+    check_optimizer(model, optimizer)
     dead = [m for m in model if isinstance(m, nn.Conv2d) and not m.weight.flatten(1).any(1).all()]
     assert not dead
     assert accuracy(model, digits.test) >= digits.accuracy - 0.02

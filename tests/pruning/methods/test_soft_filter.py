@@ -149,7 +149,7 @@ def test_every_kind_of_layer_is_cut(name: str, kind: str, x: Tensor) -> None:
     model = randomised(IMAGE[name]())
     optimizer = sgd(model, 1e-2)
     method = SoftFilter(model, x, kind=kind, optimizer=optimizer, ratio=0.4, duration=2)
-    run(model, optimizer, method, 0, 4, epoch=2)
+    run(model, optimizer, method, 0, 4, length=2)
     assert method.done
     last = method.chosen
     zero = method.holders.values(last)
