@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,16 @@ from torch.nn import functional as f
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from orthoreg_ext.pruning import methods
 from orthoreg_ext.pruning.methods.method import Method
 
 Make = Callable[[nn.Module, Optimizer], Method]
+
+
+def every_method() -> list[type[Method]]:
+    """All methods that the package offers."""
+    found = [getattr(methods, name) for name in methods.__all__]
+    return [each for each in found if inspect.isclass(each) and issubclass(each, Method)]
 
 
 class Small(nn.Module):

@@ -22,23 +22,18 @@ from orthoreg_ext.pruning import (
     RePr,
     Slimming,
     SoftFilter,
-    methods,
     variety,
 )
 from orthoreg_ext.pruning.methods.method import Method
 from orthoreg_ext.pruning.rules import Rules
 
 from ..nets import ResNet
+from .loops import every_method
 
 FINISHING = [TPP, GReg1, GReg2, IncReg, OrthP, Slimming, SoftFilter, EarlyBird, FPGM, RePr]
-ALL = [
-    cls
-    for name in methods.__all__
-    if inspect.isclass(cls := getattr(methods, name)) and issubclass(cls, Method)
-]
 
 
-@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("cls", every_method())
 def test_no_argument_of_a_method_hides_a_rule(cls: type[Method]) -> None:
     own = set(inspect.signature(cls.__init__).parameters) - set(cls.DEFAULTS)
     assert not own & {field.name for field in dataclasses.fields(Rules)}
