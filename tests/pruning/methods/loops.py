@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
@@ -163,6 +165,19 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         for value in state.values():
             if isinstance(value, Tensor) and value.dim():
                 assert value.shape == parameter.shape
+
+
+@contextmanager
+def refused(match: str, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """What is done inside is an error, and changes neither the model nor its optimizer."""
+    before = copy.deepcopy(model.state_dict())
+    settings = None if optimizer is None else settings_of(optimizer)
+    with pytest.raises(ValueError, match=match):
+        yield
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    if optimizer is not None:
+        assert hooks_of(model, optimizer) == 0
+        assert settings_of(optimizer) == settings
 
 
 def hooks_of(model: nn.Module, optimizer: Optimizer) -> int:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -18,6 +17,7 @@ from .loops import (
     gone,
     operations,
     ordered,
+    refused,
     run,
     sgd,
     step,
@@ -196,7 +196,5 @@ def test_steps_cost_nothing(x: Tensor) -> None:
 )
 def test_wrong_arguments_change_nothing(arguments: dict[str, Any], match: str, x: Tensor) -> None:
     model = Small()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=match):
+    with refused(match, model):
         SoftFilter(model, x, **arguments)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
