@@ -120,7 +120,7 @@ def require_prunable(structure: Structure) -> None:
     if structure.prunable:
         return
     reasons = [f"{', '.join(group.layers)}: {group.reason}" for group in structure.groups]
-    reasons += [f"{name}: not reached by the forward pass" for name in structure.unreached]
+    reasons += [f"{name}: {reason}" for name, reason in structure.unreached.items()]
     listing = "; ".join(reasons) or "it has no convolution or linear layer"
     raise ValueError(f"no layer of this model can be pruned. {listing}")
 

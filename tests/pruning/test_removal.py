@@ -232,7 +232,7 @@ def test_a_failure_during_removal_restores_everything(
         at = len(edits) if place == "last" else place
         return [*edits[:at], Edit("the simulated one", fail, lambda: None), *edits[at:]]
 
-    module = importlib.import_module("orthoreg_ext.pruning.prune")
+    module = importlib.import_module("orthoreg_ext.pruning.engine")
     monkeypatch.setattr(module, "removal_edits", spoiled)
     before = everything(model, optimizer)
     with pytest.raises(RuntimeError, match=r"failed at the simulated one .*the model was restored"):
@@ -250,10 +250,10 @@ def test_an_interrupt_during_removal_restores_everything(
     calls = iter(range(100))
     original = equivalence.outputs_of
 
-    def interrupted(*args: Any) -> list[Tensor]:
+    def interrupted(*args: Any, **kwargs: Any) -> list[Tensor]:
         if next(calls) == 1:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(equivalence, "outputs_of", interrupted)
     before = everything(model, optimizer)
