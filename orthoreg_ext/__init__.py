@@ -3,6 +3,7 @@
 from . import functional, pruning
 from .backend import backend
 from .build_info import VERSION, build_info
+from .diagnosis import diagnose
 from .precision import precision
 from .regularizer import OrthoRegularizer
 
@@ -13,6 +14,7 @@ __all__ = [
     "__version__",
     "backend",
     "build_info",
+    "diagnose",
     "functional",
     "precision",
     "pruning",

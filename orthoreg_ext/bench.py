@@ -66,7 +66,7 @@ def formula_term(terms: Sequence[Term], penalty: str) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, seed: int = 0) -> nn.Module:
     """Makes the model of a name (see `experiment.models`), with the defaults of its factory.
 
     Raises:
@@ -84,7 +84,7 @@ def build(name: str) -> nn.Module:
         ) from error
     except ValueError:  # a builtin without a signature
         pass
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = factory()
     if not isinstance(model, nn.Module):
         raise ValueError(

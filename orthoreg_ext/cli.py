@@ -18,6 +18,7 @@ from .build_info import build_info
 BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
+PLOTS = (".svg", ".png", ".pdf")
 _REPORTED = (ValueError, ImportError, ArithmeticError, OSError, RuntimeError, MemoryError)
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong), 2 for bad input, 130 after Ctrl-C. Errors are one line on stderr.
     """
     options = _parser().parse_args(argv)
-    work = {"info": _info, "prune": _prune, "bench": _bench}[options.command]
+    work = {"info": _info, "prune": _prune, "bench": _bench, "analyze": _analyze}[options.command]
     try:
         return work(options)
     except KeyboardInterrupt:
@@ -61,6 +62,8 @@ def _text(error: Exception, command: str) -> str:
         whose = "the GPU's memory" if isinstance(error, RuntimeError) else "the memory"
         if command == "bench":
             return f"{whose} does not suffice for MODEL and its gradients; name a smaller one"
+        if command == "analyze":
+            return f"{whose} does not suffice for MODEL; take fewer --samples or a smaller one"
         return (
             f"{whose} does not suffice; what was stored is intact: make room and continue with "
             "--resume, or start again with a smaller --batch-size and another --out"
@@ -139,6 +142,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+
+    analyze = commands.add_parser(
+        "analyze",
+        help="how orthogonal, redundant and trainable the filters of your model are",
+        description="Prints for every layer the degree of orthogonality, |cosines|, condition "
+        "number and dead filters; with --data also the additivity gap of importances and the "
+        "singular values of the Jacobian. docs/diagnostics.md says what they mean.",
+        allow_abbrev=False,
+    )
+    analyze.add_argument("model", metavar="MODEL", help="vgg, resnet, or pkg.module:factory")
+    analyze.add_argument(
+        "--data", metavar="NAME", help="digits, DIR/class/*.png or file.npz; its training images"
+    )
+    analyze.add_argument(
+        "--weights", type=Path, metavar="FILE", help="state dict of the model (.safetensors, .pt)"
+    )
+    analyze.add_argument(
+        "--samples", type=int, default=1024, metavar="N", help="images used (%(default)s)"
+    )
+    analyze.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of parameters and images (%(default)s)"
+    )
+    analyze.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)"
+    )
+    analyze.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
+    analyze.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    analyze.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw them there (.svg, .png, .pdf)"
+    )
     return parser
 
 
@@ -204,20 +237,56 @@ def _prune(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from .bench import bench, table
 
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads is {options.threads}; expected a positive number")
-        torch.set_num_threads(options.threads)
-    if options.json and not options.json.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {str(options.json.parent)!r}; make it first")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_folders(options, "json")
+    device = _device_and_threads(options)
     result = bench(options.model, penalty=options.penalty, device=device, seconds=options.seconds)
     print(table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    from .analyze import analyze
+    from .experiment.extras import require
+
+    _check_folders(options, "json", "plot")
+    if options.plot and options.plot.suffix not in PLOTS:
+        raise ValueError(f"--plot is {str(options.plot)!r}; expected a file *{', *'.join(PLOTS)}")
+    if options.plot:
+        require("matplotlib.figure")
+    result = analyze(
+        options.model,
+        data=options.data,
+        weights=options.weights,
+        samples=options.samples,
+        seed=options.seed,
+        device=_device_and_threads(options),
+    )
+    print(result)
+    if options.json:
+        options.json.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+    if options.plot:
+        result.plot(options.plot)
+    return 0
+
+
+def _device_and_threads(options: argparse.Namespace) -> str:
+    """Sets the number of threads; returns the device."""
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads is {options.threads}; expected a positive number")
+        torch.set_num_threads(options.threads)
+    if options.device != "auto":
+        return str(options.device)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_folders(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        path = getattr(options, name)
+        if path and not path.parent.is_dir():
+            raise ValueError(f"--{name}: there is no folder {str(path.parent)!r}; make it first")
 
 
 if __name__ == "__main__":

@@ -168,9 +168,9 @@ class Selection:
         return Plan(terms, skipped)
 
     def _reason_to_skip(self, layer: FilterLayer, found: list[FilterLayer]) -> str:
-        if self.exclude is not None and _selects(self.exclude, layer):
+        if self.exclude is not None and selects(self.exclude, layer):
             return "excluded by exclude="
-        if self.include is not None and not _selects(self.include, layer):
+        if self.include is not None and not selects(self.include, layer):
             return "not selected by include="
         if not layer.trainable:
             return "frozen: its weight does not require a gradient"
@@ -254,7 +254,8 @@ def _patterns(selector: Selector | None) -> list[str]:
     return [selector] if isinstance(selector, str) else list(selector)
 
 
-def _selects(selector: Selector, layer: FilterLayer) -> bool:
+def selects(selector: Selector, layer: FilterLayer) -> bool:
+    """Whether the names, patterns or function mean this layer."""
     if callable(selector):
         return bool(selector(layer.name, layer.module))
     return any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in _patterns(selector))

@@ -72,39 +72,70 @@ class Prepared {
   const Arguments& arguments() const { return arguments_; }
 
  private:
-  // What a plan depends on, of one tensor. A gradient may have another stride from filter to
-  // filter.
-  struct Form {
+  // What a plan depends on, of one tensor. Asking torch is most of what a step costs on the host,
+  // so everything is asked once, and the device only of memory that was not there in the last step.
+  class Form {
+   public:
     explicit Form(const Tensor& t)
-        : type(t.scalar_type()),
-          device(t.get_device_index()),
-          cpu(t.is_cpu()),
-          sizes(t.sizes().begin(), t.sizes().end()),
-          strides(t.strides().begin(), t.strides().end()) {}
-
-    bool fits(const Tensor& t, bool is_gradient = false) const {
-      int32_t layout = 0;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
-      if (layout != aoti_torch_layout_strided() || t.scalar_type() != type || t.is_cpu() != cpu ||
-          t.get_device_index() != device) {
-        return false;
-      }
-      const auto now = t.sizes(), steps = t.strides();
-      if (now.size() != sizes.size()) return false;
-      int64_t entries = 1;
-      for (size_t d = 0; d < sizes.size(); ++d) {
-        if (now[d] != sizes[d]) return false;
-        const bool free = sizes[d] <= 1 || (is_gradient && d == 0);
-        if (!free && steps[d] != strides[d]) return false;
-        if (d > 0) entries *= sizes[d];
-      }
-      return !is_gradient || sizes[0] <= 1 || steps[0] >= entries;  // filters do not overlap
+        : device_(t.get_device_index()),
+          cpu_(t.is_cpu()),
+          sizes_(t.sizes().begin(), t.sizes().end()),
+          strides_(t.strides().begin(), t.strides().end()) {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type_));
     }
 
-    ScalarType type;
-    int32_t device;
-    bool cpu;
-    std::vector<int64_t> sizes, strides;
+    // Whether a tensor has this form, and if so where it lies.
+    bool find(const Tensor& t, const void** data) {
+      const int64_t* steps = nullptr;
+      if (!has_form(t, /*first=*/0, &steps)) return false;
+      *data = t.const_data_ptr();
+      return is_on_device(t, *data, &seen_);
+    }
+
+    // The same of a gradient, which may have another step from filter to filter.
+    bool find_gradient(const Tensor& t, void** data, int64_t* step) {
+      const int64_t* steps = nullptr;
+      if (!has_form(t, /*first=*/1, &steps)) return false;
+      int64_t entries = 1;
+      for (size_t d = 1; d < sizes_.size(); ++d) entries *= sizes_[d];
+      *step = steps[0];
+      if (sizes_[0] > 1 && *step < entries) return false;  // filters overlap
+      *data = t.mutable_data_ptr();
+      return is_on_device(t, *data, &seen_gradient_);
+    }
+
+   private:
+    // first: the first dimension whose stride has to be the same.
+    bool has_form(const Tensor& t, size_t first, const int64_t** steps) const {
+      int32_t layout = 0, type = 0;
+      int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
+      if (layout != strided_ || type != type_ || dim != static_cast<int64_t>(sizes_.size())) {
+        return false;
+      }
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+      for (size_t d = 0; d < sizes_.size(); ++d) {
+        if (sizes[d] != sizes_[d]) return false;
+        if (d >= first && sizes_[d] > 1 && strides[d] != strides_[d]) return false;
+      }
+      *steps = strides;
+      return true;
+    }
+
+    bool is_on_device(const Tensor& t, const void* data, const void** seen) const {
+      if (data == *seen) return true;
+      if (t.is_cpu() != cpu_ || t.get_device_index() != device_) return false;
+      *seen = data;
+      return true;
+    }
+
+    int32_t strided_ = aoti_torch_layout_strided(), type_ = 0, device_;
+    bool cpu_;
+    std::vector<int64_t> sizes_, strides_;
+    const void *seen_ = nullptr, *seen_gradient_ = nullptr;
   };
 
   bool refresh(const std::vector<Tensor>& grads) {
@@ -112,27 +143,30 @@ class Prepared {
     const size_t count = weights.size();
     size_t next = count;  // gradient of a bias
     for (size_t i = 0; i < count; ++i) {
-      const Form &weight = forms_[i], &bias = forms_[count + i];
-      if (i >= grads.size() || !weight.fits(weights[i]) || !weight.fits(grads[i], true))
+      Form &weight = forms_[i], &bias = forms_[count + i];
+      Layer& layer = layers_[i];
+      Gradient& gradient = gradients_[i];
+      if (i >= grads.size() || !weight.find(weights[i], &layer.weight) ||
+          !weight.find_gradient(grads[i], &gradient.weight, &gradient.stride)) {
         return false;
-      layers_[i].weight = weights[i].const_data_ptr();
-      gradients_[i] = {grads[i].mutable_data_ptr(), nullptr, grads[i].stride(0)};
-      if (layers_[i].bias != nullptr) {
-        if (next >= grads.size() || !bias.fits(biases[i]) || !bias.fits(grads[next])) return false;
-        layers_[i].bias = biases[i].const_data_ptr();
-        gradients_[i].bias = grads[next++].mutable_data_ptr();
+      }
+      if (layer.bias != nullptr) {
+        int64_t step = 0;
+        if (next >= grads.size() || !bias.find(biases[i], &layer.bias) ||
+            !bias.find_gradient(grads[next++], &gradient.bias, &step) || step != 1) {
+          return false;
+        }
       }
       size_t form = 2 * count + i;  // of a mask, then of targets
       if (const std::vector<Tensor>& masks = arguments_.of.pruned; !masks.empty()) {
-        if (!forms_[form].fits(masks[i])) return false;
-        const auto data = static_cast<const uint8_t*>(masks[i].const_data_ptr());
-        if (layers_[i].pruned != nullptr) layers_[i].pruned = data;
-        if (layers_[i].marked != nullptr) layers_[i].marked = data;
+        const void* mask = nullptr;
+        if (!forms_[form].find(masks[i], &mask)) return false;
+        if (layer.pruned != nullptr) layer.pruned = static_cast<const uint8_t*>(mask);
+        if (layer.marked != nullptr) layer.marked = static_cast<const uint8_t*>(mask);
         form += count;
       }
-      if (layers_[i].targets != nullptr) {
-        if (!forms_[form].fits(arguments_.of.targets[i])) return false;
-        layers_[i].targets = arguments_.of.targets[i].const_data_ptr();
+      if (layer.targets != nullptr) {
+        if (!forms_[form].find(arguments_.of.targets[i], &layer.targets)) return false;
       }
     }
     STD_TORCH_CHECK(next == grads.size(), "expected ", next, " gradients, got ", grads.size());

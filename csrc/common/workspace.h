@@ -9,9 +9,10 @@
 namespace orthoreg {
 
 // The Gram matrices of a call lie in a workspace of at most so many bytes; larger sets of layers
-// are worked on in waves. ORTHOREG_EXT_WORKSPACE_MB changes it.
+// are worked on in waves. With the threads' panels a call then stays under 256 MB.
+// ORTHOREG_EXT_WORKSPACE_MB changes it.
 inline int64_t workspace_bytes() {
-  constexpr int64_t kWorkspace = int64_t(256) << 20;
+  constexpr int64_t kWorkspace = 240'000'000;
   const char* text = std::getenv("ORTHOREG_EXT_WORKSPACE_MB");
   if (text == nullptr || *text == '\0') return kWorkspace;
   char* end = nullptr;

@@ -10,64 +10,56 @@
 namespace orthoreg::cuda {
 namespace {
 
-int read_penalty(const std::string& name) {
-  const int id = Penalties::id(name);
-  STD_TORCH_CHECK(id >= 0, "no compiled penalty is named '", name, "'");
-  return id;
-}
-
 template <class Tile>
-void launch_gradient(const Problems& problems, const Tensor& slopes, const void* coefficients,
-                     const void* roots, bool accumulate, cudaStream_t stream) {
+void launch_gradient(Table& table, const void* slopes, const void* coefficients, const void* roots,
+                     bool accumulate, cudaStream_t stream) {
   using Number = typename Tile::Number;
-  launch_persistent(gram_penalty_grad_kernel<Tile>, problems.units, Tile::kThreads,
-                    kGradSharedBytes<Tile>, stream, problems, data<Number>(slopes),
+  launch_persistent(gram_penalty_grad_kernel<Tile>, table, Tile::kThreads, kGradSharedBytes<Tile>,
+                    stream, static_cast<const Number*>(slopes),
                     static_cast<const Number*>(coefficients), static_cast<const Number*>(roots),
                     accumulate);
 }
 
 // coefficients: those of the wave's layers, on the device; roots: their values, or null.
 void gradients(const std::vector<Layer>& layers, const Wave& wave,
-               const std::vector<Gradient>& grads, Product product, Tables& tables,
-               const Tensor& slopes, const void* coefficients, const void* roots, bool accumulate,
+               const std::vector<Gradient>& grads, bool in_double, Product product, Tables& tables,
+               const void* slopes, const void* coefficients, const void* roots, bool accumulate,
                cudaStream_t stream) {
   for (const Launch& one : wave.plan.gradient) {
-    const Problems& problems = tables.next(layers, wave, one, grads, -1);
-    if (slopes.scalar_type() == ScalarType::Double) {
-      launch_gradient<SimtTile<double>>(problems, slopes, coefficients, roots, accumulate, stream);
+    Table& table = tables.next(layers, wave, one, grads, -1);
+    if (in_double) {
+      launch_gradient<SimtTile<double>>(table, slopes, coefficients, roots, accumulate, stream);
     } else {
       visit_tile(one.tile, product, [&](auto tile) {
-        launch_gradient<decltype(tile)>(problems, slopes, coefficients, roots, accumulate, stream);
+        launch_gradient<decltype(tile)>(table, slopes, coefficients, roots, accumulate, stream);
       });
     }
   }
 }
 
 template <class Tile>
-void launch_fused(const Problems& problems, const Tensor& slopes, const void* coefficients,
-                  void* values, cudaStream_t stream) {
+void launch_fused(Table& table, void* slopes, const void* coefficients, void* values,
+                  cudaStream_t stream) {
   using Number = typename Tile::Number;
-  launch_all(fused_gram_penalty_kernel<Tile>, problems.units, Tile::kThreads,
-             kFusedSharedBytes<Tile>, stream, problems, data<Number>(slopes),
-             static_cast<const Number*>(coefficients), static_cast<Number*>(values));
+  launch_all(fused_gram_penalty_kernel<Tile>, table, Tile::kThreads, kFusedSharedBytes<Tile>,
+             stream, static_cast<Number*>(slopes), static_cast<const Number*>(coefficients),
+             static_cast<Number*>(values));
 }
 
 // Launches cost more than products here, so there is one kernel for every precision of float32.
 void fused(const std::vector<Layer>& layers, const Wave& wave, const std::vector<Gradient>& grads,
-           Product product, int penalty, Tables& tables, const Tensor& slopes,
+           bool in_double, Product product, int penalty, Tables& tables, void* slopes,
            const void* coefficients, void* values, cudaStream_t stream) {
   for (const Launch& one : wave.plan.gradient) {
-    const Problems& problems = tables.next(layers, wave, one, grads, penalty);
-    if (slopes.scalar_type() == ScalarType::Double) {
-      launch_fused<SimtTile<double>>(problems, slopes, coefficients, values, stream);
+    Table& table = tables.next(layers, wave, one, grads, penalty);
+    if (in_double) {
+      launch_fused<SimtTile<double>>(table, slopes, coefficients, values, stream);
     } else if (product == Product::kSimt) {
-      launch_fused<SimtTile<float>>(problems, slopes, coefficients, values, stream);
+      launch_fused<SimtTile<float>>(table, slopes, coefficients, values, stream);
     } else if (one.tile == 32) {
-      launch_fused<TensorTile<32, Product::kTf32x3>>(problems, slopes, coefficients, values,
-                                                     stream);
+      launch_fused<TensorTile<32, Product::kTf32x3>>(table, slopes, coefficients, values, stream);
     } else {
-      launch_fused<TensorTile<64, Product::kTf32x3>>(problems, slopes, coefficients, values,
-                                                     stream);
+      launch_fused<TensorTile<64, Product::kTf32x3>>(table, slopes, coefficients, values, stream);
     }
   }
 }
@@ -77,12 +69,13 @@ struct AddPlan {
   std::vector<Wave> waves;
   Precision precision;
   int penalty;
-  int64_t slopes_size = 0;  // of the largest wave
+  bool in_double;
+  Workspace::Sizes sizes;
 };
 
 AddPlan plan_add(const std::vector<Layer>& layers, bool in_double, const std::string& penalty,
                  const std::string& precision) {
-  AddPlan out{{}, read_precision(precision), read_penalty(penalty)};
+  AddPlan out{{}, read_precision(precision), Penalties::id(penalty), in_double, {}};
   out.precision.gram = in_double ? Product::kSimt : usable(out.precision.gram);
   out.precision.gradient = in_double ? Product::kSimt : usable(out.precision.gradient);
   const std::vector<Shape> all = shapes(layers);
@@ -115,7 +108,7 @@ AddPlan plan_add(const std::vector<Layer>& layers, bool in_double, const std::st
         }
       }
     }
-    out.slopes_size = std::max(out.slopes_size, wave.slopes_size);
+    out.sizes.fit(wave, out.penalty);
     out.waves.push_back(std::move(wave));
   }
   return out;
@@ -128,18 +121,23 @@ Tensor run_add(const std::vector<Layer>& layers, const AddPlan& plan, Tables& ta
   tables.rewind();
   const Tensor values =
       torch::stable::new_empty(coefficients, {static_cast<int64_t>(layers.size())});
-  const Tensor slopes = torch::stable::new_empty(coefficients, {plan.slopes_size});
-  const int64_t element = values.scalar_type() == ScalarType::Double ? 8 : 4;
+  const Workspace workspace(coefficients, plan.sizes);
+  const int64_t element = plan.in_double ? 8 : 4;
+  const auto entry = [&](const Tensor& of_layers, int i) {
+    return data<char>(of_layers) + i * element;
+  };
   for (const Wave& wave : plan.waves) {
-    const void* factors = data<const char>(coefficients) + wave.first * element;
-    void* mine = data<char>(values) + wave.first * element;
+    void* mine = entry(values, wave.first);
+    const void* factors = entry(coefficients, wave.first);
     if (wave.plan.fused) {
-      fused(layers, wave, grads, plan.precision.gram, plan.penalty, tables, slopes, factors, mine,
-            stream);
+      fused(layers, wave, grads, plan.in_double, plan.precision.gram, plan.penalty, tables,
+            workspace.slopes, factors, mine, stream);
     } else {
-      form_grams(layers, wave, plan.precision.gram, plan.penalty, tables, slopes, mine, stream);
-      gradients(layers, wave, grads, plan.precision.gradient, tables, slopes, factors,
-                Penalties::takes_root(plan.penalty) ? mine : nullptr, /*accumulate=*/true, stream);
+      form_grams(layers, wave, plan.in_double, plan.precision.gram, plan.penalty, tables, workspace,
+                 workspace.slopes, mine, stream);
+      gradients(layers, wave, grads, plan.in_double, plan.precision.gradient, tables,
+                workspace.slopes, factors, Penalties::takes_root(plan.penalty) ? mine : nullptr,
+                /*accumulate=*/true, stream);
     }
   }
   return values;
@@ -153,7 +151,7 @@ std::tuple<Tensor, Tensor> gram_penalty(std::vector<Tensor> weights, std::vector
   const std::vector<Layer> layers =
       read_layers(weights, biases, groups, columns, {penalty, offsets, pruned, targets});
   const Product wanted = read_precision(precision).gram;
-  const int id = read_penalty(penalty);
+  const int id = Penalties::id(penalty);
   const DeviceScope scope(weights[0]);
   const Product product = is_double(weights) ? Product::kSimt : usable(wanted);
   const ScalarType type = compute_type(weights);
@@ -163,9 +161,12 @@ std::tuple<Tensor, Tensor> gram_penalty(std::vector<Tensor> weights, std::vector
   Wave wave = whole_wave(layers);
   plan_gram(shapes(layers), tile_of_all(product), wave.plan);
   if (Penalties::takes_cosines(id)) plan_cosines(shapes(layers), wave.plan);
+  wave.slopes_size = 0;  // they go to `slopes`
+  Workspace::Sizes sizes;
+  sizes.fit(wave, id);
   Tables tables;
-  form_grams(layers, wave, product, id, tables, slopes, data<void>(values),
-             current_stream(weights[0]));
+  form_grams(layers, wave, is_double(weights), product, id, tables, Workspace(values, sizes),
+             data<void>(slopes), data<void>(values), current_stream(weights[0]));
   return {values, slopes};
 }
 
@@ -187,9 +188,9 @@ std::vector<Tensor> gram_penalty_grad(std::vector<Tensor> weights, std::vector<T
   Wave wave = whole_wave(layers);
   plan_gradient(shapes(layers), tile_of_all(product), wave.plan);
   Tables tables;
-  gradients(layers, wave, read_gradients(weights, biases, grads, bias_grads), product, tables,
-            slopes, data<void>(coefficients), /*roots=*/nullptr, /*accumulate=*/false,
-            current_stream(weights[0]));
+  gradients(layers, wave, read_gradients(weights, biases, grads, bias_grads), is_double(weights),
+            product, tables, data<void>(slopes), data<void>(coefficients), /*roots=*/nullptr,
+            /*accumulate=*/false, current_stream(weights[0]));
   grads.insert(grads.end(), bias_grads.begin(), bias_grads.end());
   return grads;
 }

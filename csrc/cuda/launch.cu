@@ -25,13 +25,13 @@ Wave whole_wave(const std::vector<Layer>& layers) {
 namespace {
 
 // What does not depend on where the tensors are.
-std::unique_ptr<Problems> describe(const std::vector<Layer>& layers, const Wave& wave,
-                                   const Launch& launch, int penalty) {
-  auto problems = std::make_unique<Problems>();  // 30 KB, too much for some stacks
-  problems->count = static_cast<int32_t>(launch.items.size());
-  problems->units = static_cast<int32_t>(launch.units);
-  problems->penalty = penalty;
-  Problem* p = problems->layer;
+std::unique_ptr<Table> describe(const std::vector<Layer>& layers, const Wave& wave,
+                                const Launch& launch, int penalty) {
+  auto table = std::make_unique<Table>();  // 30 KB, too much for some stacks
+  table->problems.count = static_cast<int32_t>(launch.items.size());
+  table->problems.units = static_cast<int32_t>(launch.units);
+  table->problems.penalty = penalty;
+  Problem* p = table->problems.layer;
   for (const Item& item : launch.items) {
     const Layer& l = layers[wave.first + item.layer];
     p->marks = l.marked != nullptr;
@@ -53,17 +53,16 @@ std::unique_ptr<Problems> describe(const std::vector<Layer>& layers, const Wave&
     p->groups = static_cast<int32_t>(l.groups);
     ++p;
   }
-  return problems;
+  return table;
 }
 
 }  // namespace
 
-const Problems& Tables::next(const std::vector<Layer>& layers, const Wave& wave,
-                             const Launch& launch, const std::vector<Gradient>& grads,
-                             int penalty) {
+Table& Tables::next(const std::vector<Layer>& layers, const Wave& wave, const Launch& launch,
+                    const std::vector<Gradient>& grads, int penalty) {
   if (next_ == tables_.size()) tables_.push_back(describe(layers, wave, launch, penalty));
-  Problems& problems = *tables_[next_++];
-  Problem* p = problems.layer;
+  Table& table = *tables_[next_++];
+  Problem* p = table.problems.layer;
   for (const Item& item : launch.items) {
     const Layer& l = layers[wave.first + item.layer];
     p->weight = l.weight;
@@ -78,7 +77,7 @@ const Problems& Tables::next(const std::vector<Layer>& layers, const Wave& wave,
     }
     ++p;
   }
-  return problems;
+  return table;
 }
 
 int resident_blocks(const void* kernel, int threads, int shared) {

@@ -49,18 +49,24 @@ struct Wave {
 // plan is empty.
 Wave whole_wave(const std::vector<Layer>& layers);
 
+// The parameters of a launch, and what was found out for it.
+struct Table {
+  Problems problems;
+  int resident = 0;  // the blocks that the device holds at a time, 0 before the first launch
+};
+
 // The parameters of the launches of a call, one after the other. A call that makes the same
 // launches for layers of the same form, after rewind(), finds them described and only points them
 // to where the tensors are now.
 class Tables {
  public:
   // grads is empty for Gram kernels.
-  const Problems& next(const std::vector<Layer>& layers, const Wave& wave, const Launch& launch,
-                       const std::vector<Gradient>& grads, int penalty);
+  Table& next(const std::vector<Layer>& layers, const Wave& wave, const Launch& launch,
+              const std::vector<Gradient>& grads, int penalty);
   void rewind() { next_ = 0; }
 
  private:
-  std::vector<std::unique_ptr<Problems>> tables_;
+  std::vector<std::unique_ptr<Table>> tables_;
   size_t next_ = 0;
 };
 
@@ -93,20 +99,30 @@ void launch_blocks(void (*kernel)(Parameters...), int64_t units, int64_t most, i
                                        addresses, shared, stream));
 }
 
+// Launches a kernel on the layers of a table, its first parameter.
+template <class... Rest>
+void launch(void (*kernel)(Problems, Rest...), Table& table, bool all_units, int threads,
+            int shared, cudaStream_t stream, const typename As<Rest>::Type&... arguments) {
+  if (table.resident == 0) {
+    table.resident = resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared);
+  }
+  const int64_t units = table.problems.units;
+  launch_blocks(kernel, units, all_units ? units : table.resident, threads, shared, stream,
+                table.problems, arguments...);
+}
+
 // Launches a kernel whose blocks take units in turns: as many as the device holds at a time.
-template <class... Parameters>
-void launch_persistent(void (*kernel)(Parameters...), int64_t units, int threads, int shared,
-                       cudaStream_t stream, const typename As<Parameters>::Type&... arguments) {
-  const int resident = resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared);
-  launch_blocks(kernel, units, resident, threads, shared, stream, arguments...);
+template <class... Rest>
+void launch_persistent(void (*kernel)(Problems, Rest...), Table& table, int threads, int shared,
+                       cudaStream_t stream, const typename As<Rest>::Type&... arguments) {
+  launch(kernel, table, false, threads, shared, stream, arguments...);
 }
 
 // Launches a kernel with one block a unit.
-template <class... Parameters>
-void launch_all(void (*kernel)(Parameters...), int64_t units, int threads, int shared,
-                cudaStream_t stream, const typename As<Parameters>::Type&... arguments) {
-  resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared);
-  launch_blocks(kernel, units, units, threads, shared, stream, arguments...);
+template <class... Rest>
+void launch_all(void (*kernel)(Problems, Rest...), Table& table, int threads, int shared,
+                cudaStream_t stream, const typename As<Rest>::Type&... arguments) {
+  launch(kernel, table, true, threads, shared, stream, arguments...);
 }
 
 }  // namespace orthoreg::cuda
