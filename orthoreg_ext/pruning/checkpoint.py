@@ -177,7 +177,7 @@ def _cut(
         _check_state(model, structure, removed, state)
     if not len(removed):
         return
-    refuse_reparametrized(model, structure)
+    refuse_reparametrized(model, structure, removed)
     done = commit(removal_edits(model, structure, removed))
     try:
         outputs_of(model, example_inputs)

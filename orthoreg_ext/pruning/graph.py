@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +33,8 @@ class Graph:
         tp: the module torch_pruning.
         dependencies: its DependencyGraph.
         outputs: the output tensors of the model that depend on its parameters.
-        lost: the nodes whose operation cannot be followed, with the name of the operation.
+        lost: the nodes whose operation cannot be followed.
+        pieces: for the nodes that split channels, where each piece begins and ends.
         branches: whether layers run only while training, and were traced too (auxiliary heads).
         branch_error: why the forward of the training mode could not be traced, if it could not.
     """
@@ -40,7 +42,8 @@ class Graph:
     tp: ModuleType
     dependencies: Any
     outputs: list[Tensor] = field(default_factory=list)
-    lost: dict[Any, str] = field(default_factory=dict)
+    lost: set[Any] = field(default_factory=set)
+    pieces: dict[Any, list[list[int]]] = field(default_factory=dict)
     branches: bool = False
     branch_error: str = ""
 
@@ -79,6 +82,7 @@ def build(model: nn.Module, inputs: Any) -> Graph:
             "channels are the usual cause"
         ) from error
     _map_channels(found)
+    _place_splits(found)
     _place_concats(found, sizes.found)
     return found
 
@@ -159,7 +163,7 @@ def _map_channels(found: Graph) -> None:
             try:
                 by_type[node.type](found.dependencies, node)
             except _RULE_FAILS:
-                found.lost[node] = operation(node)
+                found.lost.add(node)
 
 
 def operation(node: Any) -> str:
@@ -199,14 +203,56 @@ def _place_concats(found: Graph, sizes: dict[Any, list[tuple[int, bool]]]) -> No
             start += channels
         if len(offsets) != len(node.inputs):
             continue
-        found.lost.pop(node, None)
-        used: set[int] = set()
-        for offset, source in zip(offsets, node.inputs, strict=True):
-            for edges, target, reverse in (
-                (node.dependencies, source, True),
-                (source.dependencies, node, False),
-            ):
-                edge = next((e for e in edges if e.target is target and id(e) not in used), None)
-                if edge is not None:
-                    edge.index_mapping[1] = mapping(offset=offset, reverse=reverse)
-                    used.add(id(edge))
+        found.lost.discard(node)
+        ends = [
+            (source, mapping(offset=offset, reverse=True), mapping(offset=offset, reverse=False))
+            for offset, source in zip(offsets, node.inputs, strict=True)
+        ]
+        _set_mappings(node, ends, 1)
+
+
+def _place_splits(found: Graph) -> None:
+    """Tells the pieces of every split apart, which Torch-Pruning takes in the order it met them."""
+    mapping = found.tp.dependency.index_mapping._SplitIndexMapping
+    for node in found.dependencies.module2node.values():
+        followed = any(edge.index_mapping[0] is not None for edge in node.dependencies)
+        if node.type != found.tp.ops.OPTYPE.SPLIT or not (followed or node in found.lost):
+            continue
+        pieces = _pieces(node.grad_fn)
+        ends = [
+            (target, mapping(offset=pieces[number]), mapping(offset=pieces[number], reverse=True))
+            for target in dict.fromkeys(node.outputs)
+            for source, number in target.grad_fn.next_functions
+            if source is node.grad_fn
+        ]
+        if len(ends) == len(node.outputs):
+            found.lost.discard(node)
+            found.pieces[node] = pieces
+            _set_mappings(node, ends, 0)
+
+
+def _pieces(split: Any) -> list[list[int]]:
+    """Where the pieces of a split begin and end."""
+    shape, dim = split._saved_self_sym_sizes, split._saved_dim
+    total = shape[dim] if dim < len(shape) else shape[dim - 2**64]  # negative ones wrap around
+    if hasattr(split, "_saved_split_sizes"):
+        sizes = list(split._saved_split_sizes)
+    else:
+        size = split._saved_split_size
+        sizes = [min(size, total - start) for start in range(0, total, size)]
+    ends = list(accumulate(sizes))
+    return [[end - size, end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _set_mappings(node: Any, ends: list[tuple[Any, Any, Any]], place: int) -> None:
+    """Gives the edges between a node and its neighbours their mappings there and back."""
+    used: set[int] = set()
+    for neighbour, there, back in ends:
+        for edges, target, mapping in (
+            (node.dependencies, neighbour, there),
+            (neighbour.dependencies, node, back),
+        ):
+            edge = next((e for e in edges if e.target is target and id(e) not in used), None)
+            if edge is not None:
+                edge.index_mapping[place] = mapping
+                used.add(id(edge))

@@ -90,11 +90,12 @@ class _Walk:
             if isinstance(module, nn.Module) and layer_kind(module)
         }
         sides = [layout(module, side) for module in layers for side in ("in", "out")]
-        # An operation that is misread (windows, transposed views) can multiply the indices until
-        # memory is full; no tensor between two layers has more channels than the widest of them.
+        # An operation that is misread (windows, recurrent cells) can multiply or shift the indices
+        # without end; no tensor between two layers has more channels than the widest of them.
         widest = max([side.channels for side in sides if side] + [0])
         for module, node in layers.items():
             self._spread(node, module, widest)
+        self._tie_pieces()
         slots = self._slots()
         self._tie_channels(slots)
         self._tie_parameters(slots)
@@ -164,7 +165,19 @@ class _Walk:
                     pairs = mapping(pairs)
                 except LookupError:  # Torch-Pruning noted fewer pieces of a split than there are
                     return None
+                if any(not 0 <= pair.idx < widest for pair in pairs):
+                    return None
         return pairs
+
+    def _tie_pieces(self) -> None:
+        """Couples the channels at the same position of equal pieces: `chunk` must meet its ends."""
+        for (node, _), labels in self.labels.items():
+            pieces = self.found.pieces.get(node, [])
+            if len({end - start for start, end in pieces}) != 1:
+                continue
+            for channel, label in labels.items():
+                if (first := labels.get(channel % pieces[0][1])) is not None:
+                    self.join(first, label)
 
     def _keep(self, pairs: Any, reason: str) -> None:
         for pair in pairs:
@@ -296,10 +309,11 @@ class _Walk:
         for slot in slots:
             units = [u if u == NEVER else self.find(u) for u in slot.units.tolist()]
             slot.units = torch.tensor(units, dtype=torch.int64)
-            if slot.layer in ignored and slot.side != "in":
+            stays = self._ignored(slot, ignored)
+            if stays is not None:
                 for unit in units:
                     if unit != NEVER:
-                        reasons.setdefault(unit, f"{slot.layer!r} is ignored")
+                        reasons.setdefault(unit, stays)
         # 2. layers that share a unit are one group
         family: dict[str, str] = {}
         root_of: dict[int, str] = {}
@@ -343,6 +357,17 @@ class _Walk:
             )
             for units, names, times in zip(members.values(), layers, takes, strict=True)
         ]
+
+    def _ignored(self, slot: Slot, ignored: set[str]) -> str | None:
+        """Why the channels of a slot stay, if its layer is to be left alone."""
+        layer = slot.layer.partition(".parametrizations.")[0]
+        if layer not in ignored:
+            return None
+        if slot.side != "in":
+            return f"{layer!r} is ignored"
+        module = self.model.get_submodule(slot.owner)
+        computed = any(place.tensor not in module._parameters for place in slot.layout.places)
+        return f"{layer!r} is ignored, and its inputs cannot be cut" if computed else None
 
     def _suspects(self) -> set[int]:
         """The units that meet an operation which may fix the number of its channels."""
