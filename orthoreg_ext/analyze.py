@@ -55,7 +55,7 @@ def analyze(
         shape = dataset.image_shape
         model = build_model(name, num_classes=len(dataset.classes), image_shape=shape, seed=seed)
     if weights is not None:
-        _load(model, weights)
+        load_weights(model, weights)
     model.to(device)
     if data is None:
         return diagnose(model)
@@ -65,7 +65,12 @@ def analyze(
     return diagnose(model, batches, samples=samples)
 
 
-def _load(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a state dict, ``.safetensors`` or written by ``torch.save``.
+
+    Raises:
+        ValueError: there is none, or it is that of another model.
+    """
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"--weights is {str(path)!r}; expected a state dict in a file *{', *'.join(SUFFIXES)}"

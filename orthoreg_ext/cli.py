@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong), 2 for bad input, 130 after Ctrl-C. Errors are one line on stderr.
     """
     options = _parser().parse_args(argv)
-    work = {"info": _info, "prune": _prune, "bench": _bench, "analyze": _analyze}[options.command]
+    commands = {"info": _info, "prune": _prune, "bench": _bench}
+    work = {**commands, "analyze": _analyze, "sensitivity": _sensitivity}[options.command]
     try:
         return work(options)
     except KeyboardInterrupt:
@@ -60,7 +61,7 @@ def _text(error: Exception, command: str) -> str:
     """What an error says, without the number that OSError puts in front."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         whose = "the GPU's memory" if isinstance(error, RuntimeError) else "the memory"
-        if command == "bench":
+        if command in ("bench", "sensitivity"):
             return f"{whose} does not suffice for MODEL and its gradients; name a smaller one"
         if command == "analyze":
             return f"{whose} does not suffice for MODEL; take fewer --samples or a smaller one"
@@ -172,7 +173,52 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw them there (.svg, .png, .pdf)"
     )
+    _add_sensitivity(commands)
     return parser
+
+
+def _add_sensitivity(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "sensitivity",
+        help="the accuracy or loss of a model when one coupled group of its layers alone is cut",
+        description="Cuts each coupled group of layers alone, at several ratios, and measures the "
+        "model on the held-out part of the data. The model is as its factory returns it, or as "
+        "--weights says.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="vgg, resnet, or pkg.module:factory")
+    parser.add_argument(
+        "--data", default="digits", metavar="DATA", help="digits, a folder or an .npz (%(default)s)"
+    )
+    parser.add_argument("--image-size", type=int, metavar="N", help="resize images to N x N")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="PATH",
+        help="state dict of the model (.safetensors, .pt), or the folder of a pruned one",
+    )
+    parser.add_argument("--criterion", default="fisher", metavar="NAME", help="(%(default)s)")
+    parser.add_argument(
+        "--metric", choices=("accuracy", "loss"), default="accuracy", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--ratios",
+        default="0.25,0.5,0.75",
+        metavar="X,X",
+        help="shares of each group (%(default)s)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="training images for the criterion's gradients (%(default)s)",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -243,6 +289,23 @@ def _bench(options: argparse.Namespace) -> int:
     print(table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    from .experiment.sensitivity import table
+
+    _check_folders(options, "json")
+
+    def show(done: int, total: int) -> None:
+        print(f"{done} of {total} measurements", file=sys.stderr)
+
+    names = ("image_size", "weights", "criterion", "metric", "ratios", "samples", "device")
+    given = {name: getattr(options, name) for name in names}
+    result = table(options.model, options.data, **given, progress=None if options.quiet else show)
+    print(result)
+    if options.json:
+        options.json.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
     return 0
 
 

@@ -195,8 +195,8 @@ class Job:
                     ratio=ratio,
                     accuracy_before=before,
                     accuracy_after=accuracy(model, self.test),
-                    before=Size(**vars(result.before)),
-                    after=Size(**vars(result.after)),
+                    before=Size.of(result.before),
+                    after=Size.of(result.after),
                     prunable=(sum(r.before for r in prunable), sum(r.after for r in prunable)),
                     layers=[(row.name, row.before, row.after) for row in result.layers],
                 )

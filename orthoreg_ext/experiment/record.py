@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..pruning import Counts
 from .settings import Settings
 
 
@@ -30,6 +31,11 @@ class Size:
     filters: int
     params: int
     macs: int
+
+    @classmethod
+    def of(cls, counts: Counts) -> Size:
+        """The part of a model's counts that a run records."""
+        return cls(counts.filters, counts.params, counts.macs)
 
 
 @dataclass(frozen=True)

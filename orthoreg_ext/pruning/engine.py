@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,9 +19,12 @@ from .calibration import Loss, mean_gradients
 from .checkpoint import fingerprint
 from .counts import count, widths
 from .equivalence import checked_commit
+from .families import kinds
 from .history import check_history, units_of
-from .removal import check_optimizer, commit, removal_edits
-from .result import PruneResult, layer_widths, records
+from .latency import POINTS, Stopwatch
+from .ledger import Ledger
+from .removal import Edit, check_optimizer, commit, removal_edits, undo
+from .result import PruneResult, layer_widths, merged, records
 from .scores import (
     CRITERIA,
     NORMALIZERS,
@@ -29,8 +35,22 @@ from .scores import (
     scored_slots,
     unit_scores,
 )
-from .selection import SCOPES, Limits, Pool, check_reachable
+from .selection import (
+    SCOPES,
+    Block,
+    Limits,
+    Pool,
+    check_reachable,
+    first_blocks,
+    limits_of,
+    ranking,
+    select,
+)
 from .structure import trace
+from .targets import TARGETS, fewest, reaches
+
+SCORINGS = 64
+"""How often scope "one_at_a_time" scores a round by default."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,9 @@ class Rules:
         normalize: None, or divide the scores of each group by their "mean", "max" or "sum".
         group_reduction: "mean", "sum", "max", or "first".
         bias: count a filter's bias among its entries.
+        target: a name of TARGETS: what a ratio is a share of.
+        rescore_every: the units that scope "one_at_a_time" removes before it scores anew; None: so
+            many that about 64 scorings do for a round.
 
     Raises:
         ValueError: one is unknown or out of range.
@@ -57,10 +80,13 @@ class Rules:
     normalize: str | None = None
     group_reduction: str = "mean"
     bias: bool = False
+    target: str = "filters"
+    rescore_every: int | None = None
 
     def __post_init__(self) -> None:
         choose("criterion", self.criterion, CRITERIA)
         choose("scope", self.scope, SCOPES)
+        choose("target", self.target, TARGETS)
         choose("group_reduction", self.group_reduction, REDUCTIONS)
         if self.normalize is not None:
             choose("normalize", self.normalize, NORMALIZERS)
@@ -71,6 +97,18 @@ class Rules:
             raise ValueError(
                 f"max_layer_ratio is {share!r}, expected a number in (0, 1]: the largest share of "
                 "a layer that may be removed"
+            )
+        every = self.rescore_every
+        if every is not None and (
+            not isinstance(every, int) or isinstance(every, bool) or every < 1
+        ):
+            raise ValueError(
+                f"rescore_every is {every!r}, expected None or an integer of at least 1"
+            )
+        if self.scope == "one_at_a_time" and self.target == "latency":
+            raise ValueError(
+                "scope='one_at_a_time' would measure anew after every few units, too often for "
+                "target='latency'; use scope='global' with rounds, or target='macs'"
             )
 
     @property
@@ -125,14 +163,22 @@ class Engine:
         self.rounds = 0  # how often something was removed
         self._widths = widths(model)
         self._originals = [int(filters.sum()) for filters in self._filters()]
+        self._kinds = kinds(model, self.structure)
+        # now, while the model is whole
+        self._stopwatch = Stopwatch(model, example_inputs) if rules.target == "latency" else None
+        self._first: dict[Hashable, Edit] | None = None  # what to take back, see _undone
 
     def check_ratio(self, ratio: float) -> None:
         """Refuses a ratio that would empty a layer, break a limit or remove nothing.
 
         Raises:
-            ValueError: naming the layers at their limit.
+            ValueError: naming the layers at their limit, or the share that can be reached.
         """
-        check_reachable(self.rules.scope, self.pools(), ratio, self.rules.limits)
+        pools, rules = self.pools(), self.rules
+        if rules.target == "filters":
+            check_reachable(rules.scope, pools, ratio, rules.limits)
+        else:
+            self._check_saved(ranking(rules.scope, pools, rules.limits), ratio)
 
     def score(
         self, data: Iterable[Any] | None = None, loss: Loss | None = None
@@ -168,15 +214,37 @@ class Engine:
             values = torch.zeros(len(group.units), dtype=torch.float64)
             values = values if scores is None else scores[i]
             original = group.original, self._originals[i]
-            pools.append(Pool(group.name, values, filters, *original, group.channels))
+            sizes = (filters, *original, group.channels)
+            pools.append(Pool(group.name, values, *sizes, self._kinds[i]))
         return pools
 
     def select(self, scores: Sequence[Tensor], share: float) -> Tensor:  # [r] int64
-        """The units to remove now, for `share` of the original filters to be gone in total."""
-        groups, pools = self.structure.prunable, self.pools(scores)
-        blocks = SCOPES[self.rules.scope](pools, share, self.rules.limits)
-        chosen = [groups[block.pool].units[list(block.units)] for block in blocks]
-        return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64)
+        """The units to remove now, for `share` of the target to be gone in total.
+
+        Scope "one_at_a_time" chooses as "global" does here; see :meth:`prune_to`.
+
+        Raises:
+            ValueError: all that may go does not save that share.
+        """
+        return self._units(self._blocks(scores, share))
+
+    def saved(self, removed: Tensor) -> float:  # [r] int64
+        """The share of the model's params, macs, memory or latency that is gone without units."""
+        sizes = self.ledger.after(removed)
+        if self.rules.target != "latency":
+            after, before = vars(sizes), vars(self.before)
+            return 1 - float(after[self.rules.target] / before[self.rules.target])
+        assert self._stopwatch is not None
+        if not len(removed) and not self.history:
+            return 0.0
+        with self.rehearsal():
+            self._cut(removed, False)
+            return self._stopwatch.saved(self.model, sizes.filters)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What the model would cost without units."""
+        return Ledger(self.model, self.structure, self.inputs)
 
     def remove(self, units: Tensor) -> None:  # [r] int64
         """Removes units from the model and all that follows it, as one round of the history.
@@ -186,14 +254,33 @@ class Engine:
             RuntimeError: the removal failed, or a layer has changed shape since; the model was
                 restored.
         """
-        for optimizer in self.optimizers:
-            check_optimizer(optimizer, self.model)
-        checks.check_unchanged(self.model, self.structure)
-        if len(units):
-            self._cut(units, self.verify)
-        self.rounds += 1
-        self.history += records(self.structure, units, self.rounds)
-        self.structure.shrink(units)
+        self._remove(units, self.rounds + 1)
+
+    def prune_to(
+        self, share: float, data: Iterable[Any] | None = None, loss: Loss | None = None
+    ) -> None:
+        """One round, all or nothing: scores, chooses and removes, until the share is gone in total.
+
+        Scope "one_at_a_time" removes the first few of the chosen units, scores what is left, and so
+        on; any other scope scores once.
+
+        Raises:
+            ValueError, RuntimeError: as :meth:`score`, :meth:`select` and :meth:`remove`.
+        """
+        number, every = self.rounds + 1, self.rules.rescore_every
+        with self._undone():
+            while True:
+                blocks = step = self._blocks(self.score(data, loss), share)
+                if self.rules.scope == "one_at_a_time":
+                    every = every or math.ceil(sum(len(b.units) for b in blocks) / SCORINGS)
+                    step = first_blocks(blocks, every)
+                self._remove(self._units(step), number)
+                if len(step) == len(blocks):
+                    return
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """Inside, units may be removed; all of it is taken back at the end, bit for bit."""
+        return self._undone(always=True)
 
     def replay(self, history: Sequence[dict[str, Any]]) -> None:
         """Repeats the cuts of a history on the unpruned model, e.g. to resume.
@@ -224,20 +311,87 @@ class Engine:
             ) from error
         layers = layer_widths(self.model, self.structure, self._widths)
         settings = {**asdict(self.rules), "ignored": sorted(self.ignored), **settings}
-        history = list(self.history)
+        history, more = list(self.history), {}
+        if self._stopwatch is not None:
+            self._stopwatch.saved(self.model, after.filters)
+            more["latency"] = self._stopwatch.report()
         return PruneResult(
-            history, self.before, after, layers, settings, self.architecture, self.model
+            history, self.before, after, layers, settings, self.architecture, self.model, **more
         )
 
     def _filters(self) -> list[Tensor]:  # each [u] int64
         slots = scored_slots(self.model, self.structure, CRITERIA["l1"], bias=False)
         return filters_per_unit(self.structure.prunable, slots)
 
+    def _blocks(self, scores: Sequence[Tensor], share: float) -> list[Block]:
+        rules, pools = self.rules, self.pools(scores)
+        if rules.target == "filters":
+            return select(rules.scope, pools, share, rules.limits)
+        order = ranking(rules.scope, pools, rules.limits)
+        self._check_saved(order, share)
+        points = POINTS if rules.target == "latency" else None
+        count = fewest(lambda n: self.saved(self._units(order[:n])), len(order), share, points)
+        return order[:count]
+
+    def _check_saved(self, order: Sequence[Block], share: float) -> None:
+        """Refuses a share of a cost that all blocks together do not save."""
+        rules, room = self.rules, self.saved(self._units(order))
+        if not reaches(room, share):
+            raise ValueError(
+                f"ratio={share:.3g} of target={rules.target!r} cannot be reached: with all that "
+                f"may go, {room:.3f} of {TARGETS[rules.target]} is saved, with "
+                f"max_layer_ratio={rules.max_layer_ratio}, round_to={rules.round_to}; at the limit "
+                f"are {limits_of(self.pools(), rules.limits)}. Lower ratio, raise max_layer_ratio "
+                "or lower round_to"
+            )
+
+    def _units(self, blocks: Sequence[Block]) -> Tensor:  # [r] int64
+        groups = self.structure.prunable
+        chosen = [groups[block.pool].units[list(block.units)] for block in blocks]
+        return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64)
+
+    def _remove(self, units: Tensor, number: int) -> None:
+        for optimizer in self.optimizers:
+            check_optimizer(optimizer, self.model)
+        checks.check_unchanged(self.model, self.structure)
+        if len(units):
+            self._cut(units, self.verify)
+        self.rounds = number
+        self.history = merged([*self.history, *records(self.structure, units, number)])
+        self.structure.shrink(units)
+
     def _cut(self, units: Tensor, verify: bool) -> None:
         edits = removal_edits(self.model, self.structure, units, self.optimizers)
         if self.ema is not None:
             edits += removal_edits(self.ema, self.structure, units, label="ema")
+        if (
+            self._first is not None
+        ):  # before they are applied: taking back what is there is harmless
+            for edit in edits:
+                self._first.setdefault(edit.place, edit)
         if verify:
             checked_commit(self.model, self.structure, units, edits, self.inputs)
         else:
             commit(edits)
+
+    @contextmanager
+    def _undone(self, always: bool = False) -> Iterator[None]:
+        """Takes back all that is removed inside if it fails, or always."""
+        outer, self._first = self._first, {}
+        slots = [(slot, slot.units, slot.channels) for slot in self.structure.slots]
+        groups = [(group, group.units) for group in self.structure.groups]
+        history, rounds, stays = self.history, self.rounds, False
+        try:
+            yield
+            stays = not always
+        finally:
+            inner, self._first = self._first, outer
+            if stays and outer is not None:
+                self._first = {**inner, **outer}
+            elif not stays:
+                undo(list(inner.values()))
+                for slot, units, channels in slots:
+                    slot.units, slot.channels = units, channels
+                for group, units in groups:
+                    group.units = units
+                self.history, self.rounds = history, rounds

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from . import checks
 from .calibration import Loss, check_data
 from .engine import Engine, Rules
-from .result import PruneResult, RoundError
+from .result import PrunePlan, PruneResult, RoundError
 from .schedule import check_ratio, check_rounds, removed_share
 from .scores import CRITERIA
 
@@ -36,6 +36,9 @@ def prune(
     bias: bool = False,
     ema: nn.Module | None = None,
     verify: bool = True,
+    target: str = "filters",
+    rescore_every: int | None = None,
+    dry_run: bool = False,
 ) -> PruneResult:
     """Removes filters from a model in place: scores them, selects, and cuts whole channels.
 
@@ -59,14 +62,17 @@ def prune(
         criterion: with w, g the entries of a filter and of its mean gradient: "l1" sum |w|, "l2"
             sqrt(sum w^2), "taylor" |sum w g|, "taylor_sq" sum (w g)^2, "taylor_abs" sum |w g|,
             "fisher" (sum w g)^2; "bn_scale" |gamma| of the BatchNorms behind the filters.
-        ratio: the share of the prunable filters to remove, in (0, 1); the filters of the output
-            layer, of ignored and of frozen groups are not counted.
+        ratio: the share of the target to remove, in (0, 1).
         data: (input, target) batches for criteria with gradients: the gradient of the mean loss
             over all samples, in eval mode. Without it the existing `.grad` is used: compute it in
             eval mode, behind a BatchNorm in train mode sum w g is identically 0.
         loss: (output, target) -> mean loss; cross entropy by default.
         optimizer: one or several whose state (momentum, exp_avg, ...) follows the cut.
-        scope: "global" ranks all units together, "local" removes the ratio from every group.
+        scope: which groups compete. "global": all of them are ranked together; "local": each gives
+            the same share; "isomorphic": those of the same kinds of layers are ranked together, and
+            each such family gives the same share (Fang et al., ECCV 2024, see
+            :func:`~orthoreg_ext.pruning.families.kinds`); "one_at_a_time": "global", and scored
+            anew after every `rescore_every` units.
         round_to: the remaining channels of each pruned group are a multiple of it.
         ignored: layers (names or modules, containers for all inside) that keep their filters, and
             with them the groups they are in; their inputs may still be cut.
@@ -74,7 +80,8 @@ def prune(
             scoring anew in each.
         between_rounds: called as between_rounds(model, round) after every round but the last, e.g.
             to train.
-        max_layer_ratio: the largest share of a group's units, of its original count, that may go.
+        max_layer_ratio: the largest share of a group's units, of its original count, that may go;
+            the most important stay.
         normalize: None, or divide the scores of each group by their "mean", "max" or "sum".
         group_reduction: "mean", "sum", "max", or "first" (the first layer of the group decides).
         bias: count a filter's bias among its entries, as OrthoReg does for VGG.
@@ -82,6 +89,16 @@ def prune(
         verify: check, for every round, that the pruned model computes what the unpruned one does
             with the removed channels at zero (two forward passes on the example inputs; only shapes
             where LayerNorm or GroupNorm normalise over removed channels).
+        target: what the ratio is a share of. "filters": the prunable filters, without those of the
+            output layer, of ignored and of frozen groups; as many go as come closest. Of the whole
+            model, as :func:`count` defines them: "params", "macs", "memory"; of the time of one
+            forward pass on the example inputs in eval mode, measured against a copy of the unpruned
+            model: "latency". Of these at least the ratio goes, and as little more as the ranking
+            allows (latency: as the few comparisons of a bisection find; `result.latency` has them).
+        rescore_every: the units that "one_at_a_time" removes between two scorings; by default so
+            many that about 64 scorings do for a round. Each costs a pass over `data`, and a check.
+        dry_run: return the :class:`PrunePlan` and leave the model alone, bit for bit; see
+            :func:`plan`. `between_rounds` is not called.
 
     Returns:
         what was done; `result.save(directory)` writes it.
@@ -96,13 +113,23 @@ def prune(
             the error's `.result`; the model is as the last round and `between_rounds` left it.
         KeyboardInterrupt: passes unchanged; a round that it meets is undone, those before stay.
     """
-    rules = Rules(criterion, scope, round_to, max_layer_ratio, normalize, group_reduction, bias)
+    rules = Rules(
+        criterion=criterion,
+        scope=scope,
+        round_to=round_to,
+        max_layer_ratio=max_layer_ratio,
+        normalize=normalize,
+        group_reduction=group_reduction,
+        bias=bias,
+        target=target,
+        rescore_every=rescore_every,
+    )
     check_ratio(ratio)
     check_rounds(rounds)
     checks.check_callable("loss", loss, "loss(output, target)")
     checks.check_callable("between_rounds", between_rounds, "between_rounds(model, round)")
     if CRITERIA[criterion].needs_grad and data is not None:
-        check_data(data, rounds)
+        check_data(data, rounds + (scope == "one_at_a_time"))
     engine = Engine(
         model,
         example_inputs,
@@ -113,11 +140,46 @@ def prune(
         verify=verify,
     )
     engine.check_ratio(ratio)
+    if not dry_run:
+        return _in_rounds(engine, ratio, rounds, between_rounds, data, loss)
+    with engine.rehearsal():
+        try:
+            return PrunePlan(**vars(_in_rounds(engine, ratio, rounds, None, data, loss)))
+        except RoundError as error:
+            raise RuntimeError(f"the rehearsal failed, nothing was changed: {error}") from error
 
+
+def plan(model: nn.Module, example_inputs: Any, **options: Any) -> PrunePlan:
+    """What :func:`prune` would cut with the same arguments, and what that saves.
+
+    The cut is really made, checked, counted and taken back: the same objects are in their places
+    afterwards, bit for bit.
+
+    Args:
+        model: as for :func:`prune`.
+        example_inputs: as for :func:`prune`.
+        options: the other arguments of :func:`prune`.
+
+    Raises:
+        As :func:`prune`; nothing was changed.
+    """
+    planned = prune(model, example_inputs, **options, dry_run=True)
+    assert isinstance(planned, PrunePlan)
+    return planned
+
+
+def _in_rounds(
+    engine: Engine,
+    ratio: float,
+    rounds: int,
+    between_rounds: Callable[[nn.Module, int], object] | None,
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+) -> PruneResult:
     done: PruneResult | None = None
     for number, share in enumerate(removed_share(ratio, rounds), start=1):
         try:
-            engine.remove(engine.select(engine.score(data, loss), share))
+            engine.prune_to(share, data, loss)
         except (ValueError, RuntimeError) as error:
             if done is None:
                 raise
@@ -131,8 +193,8 @@ def prune(
         if between_rounds is None or number == rounds:
             continue
         try:
-            between_rounds(model, number)
-            checks.check_unchanged(model, engine.structure)
+            between_rounds(engine.model, number)
+            checks.check_unchanged(engine.model, engine.structure)
         except Exception as error:
             raise RoundError(
                 f"between_rounds failed after round {number} of {rounds} "

@@ -7,7 +7,7 @@ its inverse at hand. The old tensors are never written, so undoing is exact.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Edit:
     what: str
     apply: Callable[[], None]
     undo: Callable[[], None]
+    place: Hashable = None  # equal for edits of the same entry
 
 
 @dataclass
@@ -143,8 +144,10 @@ def _new_parameter(old: nn.Parameter, data: Tensor, keep: Keep) -> nn.Parameter:
 
 
 def _set_item(what: str, table: Any, key: Any, new: Any) -> Edit:
-    old = table[key]
-    return Edit(what, lambda: table.__setitem__(key, new), lambda: table.__setitem__(key, old))
+    old, place = table[key], (id(table), key)
+    return Edit(
+        what, lambda: table.__setitem__(key, new), lambda: table.__setitem__(key, old), place
+    )
 
 
 def _size_edits(model: nn.Module, structure: Structure, removed: Tensor, label: str) -> list[Edit]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class PruneResult:
         settings: criterion, ratio, scope and so on.
         architecture: fingerprint of the unpruned model (names and shapes of its state).
         model: the pruned model itself.
+        latency: with target "latency" the last comparison with the unpruned model (`share` of the
+            time saved, `filters`, `state` of the machine) and all `readings` of the search.
     """
 
     history: list[dict[str, Any]]
@@ -49,6 +52,7 @@ class PruneResult:
     settings: dict[str, Any]
     architecture: str
     model: nn.Module = field(repr=False)
+    latency: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Writes `history.json` and `weights.safetensors`, the weights as they are now.
@@ -78,12 +82,20 @@ class PruneResult:
             "architecture": self.architecture,
             "settings": self.settings,
             "sizes": sizes,
+            **({"latency": self.latency} if self.latency else {}),
             "history": self.history,
             "widths": {layer.name: layer.after for layer in self.layers},
         }
 
+    @property
+    def saved(self) -> dict[str, float]:
+        """The shares of the model's filters, params, macs and memory (and latency) that went."""
+        before, after = vars(self.before), vars(self.after)
+        shares = {name: 1 - after[name] / old if old else 0.0 for name, old in before.items()}
+        return {**shares, **({"latency": self.latency["share"]} if self.latency else {})}
+
     def table(self) -> str:
-        """A plain-text table of the widths, with the totals."""
+        """A plain-text table of the widths, with the totals; memory in bytes."""
         width = max([len(layer.name) for layer in self.layers] + [10])
         lines = [f"{'layer':<{width}}  {'before':>10}  {'after':>10}  {'removed':>8}"]
         for row in self.layers:
@@ -92,11 +104,31 @@ class PruneResult:
             lines.append(
                 f"{row.name:<{width}}  {row.before:>10}  {row.after:>10}  {gone:>8.1%}{note}"
             )
-        for name in ("filters", "params", "macs"):
-            old, new = getattr(self.before, name), getattr(self.after, name)
-            gone = 1 - new / old if old else 0.0
-            lines.append(f"{name:<{width}}  {old:>10}  {new:>10}  {gone:>8.1%}")
+        after = vars(self.after)
+        for name, old in vars(self.before).items():
+            lines.append(f"{name:<{width}}  {old:>10}  {after[name]:>10}  {self.saved[name]:>8.1%}")
+        if self.latency:
+            note = f"  ({self.latency['state']})"
+            lines.append(f"{'latency':<{width}}  {'':>22}  {self.saved['latency']:>8.1%}{note}")
         return "\n".join(lines)
+
+
+class PrunePlan(PruneResult):
+    """What :func:`prune` would do: a :class:`PruneResult` of a model that was left alone.
+
+    With several rounds every later one was scored without training in between, so that other
+    filters of the same layers may go in the end. Latencies were measured, and vary.
+    """
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Refuses: the model is not pruned.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a plan cannot be saved, the model is not pruned; call prune without dry_run"
+        )
 
 
 class RoundError(RuntimeError):
@@ -124,6 +156,17 @@ def layer_widths(
         LayerWidth(name, before[name], after, reasons.get(name, ""))
         for name, after in widths(model).items()
     ]
+
+
+def merged(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A history with one entry for each round and layer, of all its removals in that round."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for entry in history:
+        first = found.setdefault((entry["round"], entry["layer"]), entry)
+        if first is not entry:
+            removed = sorted(first["removed"] + entry["removed"])
+            found[entry["round"], entry["layer"]] = {**entry, "removed": removed}
+    return list(found.values())
 
 
 def records(structure: Structure, removed: torch.Tensor, number: int) -> list[dict[str, Any]]:

@@ -16,8 +16,10 @@ def test_counts_by_hand(x: Tensor) -> None:
     weights = 8 * 27 + 12 * 72 + 16 * 108 + 10 * 64 + 4 * 10
     macs = 64 * (8 * 27 + 12 * 72) + 16 * 16 * 108 + 640 + 40
     params = weights + 2 * (8 + 12 + 16) + 14
-    assert count(VGG(), x[:1]) == Counts(50, params, macs)
-    assert count(VGG(), x) == Counts(50, params, 2 * macs)
+    statistics = 4 * 2 * 36 + 3 * 8  # running mean and variance, three int64 counters
+    maps = 4 * (64 * 8 + 64 * 12 + 16 * 16 + 10 + 4)
+    assert count(VGG(), x[:1]) == Counts(50, params, macs, 4 * params + statistics + maps)
+    assert count(VGG(), x) == Counts(50, params, 2 * macs, 4 * params + statistics + 2 * maps)
 
 
 def test_transposed_and_grouped_convolutions_by_hand(x: Tensor) -> None:
@@ -32,6 +34,7 @@ def test_shared_parameters_count_once_and_calls_each(x: Tensor) -> None:
     counts = count(Tied(), x[:1])
     assert counts.filters == 8 + 8 + 8 + 4
     assert counts.macs == 64 * (8 * 27 + 2 * 8 * 72 + 2 * 64) + 32
+    assert counts.memory == 4 * (counts.params + 64 * 8 * 5 + 4)  # five maps of four layers
 
 
 def test_several_inputs() -> None:

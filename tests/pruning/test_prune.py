@@ -249,6 +249,14 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         ({"ratio": 0.96, "scope": "local"}, "above max_layer_ratio=0.95"),
         ({"ratio": 0.8, "round_to": 8}, "would empty a layer.*round_to=8"),
         ({"criterion": "fischer"}, "unknown criterion 'fischer'; did you mean 'fisher'"),
+        ({"target": "flops"}, "unknown target 'flops'"),
+        ({"target": "mac"}, "unknown target 'mac'; did you mean 'macs'"),
+        ({"rescore_every": 0}, "rescore_every is 0, expected None or an integer of at least 1"),
+        ({"rescore_every": True}, "rescore_every is True, expected None or an integer"),
+        (
+            {"scope": "one_at_a_time", "target": "latency"},
+            "scope='one_at_a_time' would measure anew .* use scope='global' with rounds",
+        ),
         ({"scope": "globl"}, "unknown scope 'globl'; did you mean 'global'"),
         ({"group_reduction": "summ"}, "unknown group_reduction 'summ'; did you mean 'sum'"),
         ({"normalize": "maxx"}, "unknown normalize 'maxx'; did you mean 'max'"),
@@ -448,9 +456,9 @@ def test_the_table_has_every_layer_and_the_totals(x: Tensor) -> None:
     result = prune(VGG(), x, criterion="l1", ratio=0.5)
     lines = result.table().splitlines()
     assert [line.split()[0] for line in lines] == [
-        "layer", "conv1", "conv2", "conv3", "fc1", "fc2", "filters", "params", "macs",
+        "layer", "conv1", "conv2", "conv3", "fc1", "fc2", "filters", "params", "macs", "memory",
     ]  # fmt: skip
-    assert lines[-3].split() == ["filters", "50", "27", "46.0%"]
+    assert lines[-4].split() == ["filters", "50", "27", "46.0%"]
 
 
 @pytest.mark.parametrize(
