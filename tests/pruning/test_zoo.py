@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import orthoreg_ext as ox
 from orthoreg_ext.pruning.counts import count
 from orthoreg_ext.pruning.inputs import tensors_in
+from orthoreg_ext.pruning.removal import memory_format
 
 from .zoo import CLASSES, HARD, NETS, Net
 
@@ -115,6 +116,34 @@ def trains_on(model: nn.Module, optimizer: Any, x: Tensor, reg: Any) -> None:
     assert not without
     assert not still
     assert all(bool(p.isfinite().all()) for p in live.values())
+
+
+def test_frozen_parts_and_the_memory_format_of_a_real_net_stay() -> None:
+    net = NETS["resnet18"]
+    model, x = net.fresh().to(memory_format=torch.channels_last), net.inputs()
+    frozen = [model.conv1, model.bn1, model.layer1, model.layer2[0].bn2]
+    for part in frozen:
+        part.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1, 0.9)
+    reg = ox.OrthoRegularizer(model, strength=1e-3)
+    step(model, optimizer, x, reg)
+    kept = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+
+    options: Any = {"criterion": "l1", "ratio": 0.5, "scope": "local", "optimizer": optimizer}
+    result = ox.pruning.prune(model, x, **options)
+
+    widths = {layer.name: (layer.after, layer.reason) for layer in result.layers}
+    why = "every layer is frozen (requires_grad=False)"
+    assert widths["conv1"] == widths["layer1.0.conv1"] == (64, why)
+    assert widths["layer2.0.conv2"] == (64, "")
+    now = dict(model.named_parameters())
+    assert {n for n, p in now.items() if not p.requires_grad} == kept.keys()
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in now.values() if p.requires_grad}
+    assert all(memory_format(p) == torch.channels_last for p in now.values() if p.dim() == 4)
+    old = {n: p.detach().clone() for n, p in now.items()}
+    step(model, optimizer, x, reg)
+    assert {n for n, p in now.items() if torch.equal(p, old[n])} == kept.keys()
 
 
 LIMITED = """

@@ -132,6 +132,7 @@ NETS = {
     "timm mixer": _timm(
         "mixer_s32_224",
         "head",
+        "stem.proj",  # mixing tokens transposes what it adds to
         kwargs={"img_size": 64},
         size=64,
         filters=0.6,
