@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..layers import layer_kind
 from .inputs import FAILURES, call, call_examples, tensors_in, training_branches
 
-_RULE_FAILS = (ArithmeticError, LookupError, AttributeError, TypeError, AssertionError)
+RULE_FAILS = (ArithmeticError, LookupError, AttributeError, TypeError, AssertionError)
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Graph:
         dependencies: its DependencyGraph.
         outputs: the output tensors of the model that depend on its parameters.
         lost: the nodes whose operation cannot be followed.
-        pieces: for the nodes that split channels, where each piece begins and ends.
+        periods: for the nodes that cut the channels into equal pieces, the length of a piece.
         branches: whether layers run only while training, and were traced too (auxiliary heads).
         branch_error: why the forward of the training mode could not be traced, if it could not.
     """
@@ -43,7 +43,7 @@ class Graph:
     dependencies: Any
     outputs: list[Tensor] = field(default_factory=list)
     lost: set[Any] = field(default_factory=set)
-    pieces: dict[Any, list[list[int]]] = field(default_factory=dict)
+    periods: dict[Any, int] = field(default_factory=dict)
     branches: bool = False
     branch_error: str = ""
 
@@ -73,7 +73,7 @@ def build(model: nn.Module, inputs: Any) -> Graph:
         graph.module2node = graph._trace(model, inputs, forward, output_transform=None)
         graph._build_dependency(graph.module2node)
         tp.dependency.shape_infer.init_shape_information(graph)
-    except _RULE_FAILS as error:
+    except RULE_FAILS as error:
         if not found.outputs:  # the model itself failed on its example inputs
             raise
         raise RuntimeError(
@@ -162,7 +162,7 @@ def _map_channels(found: Graph) -> None:
         if node.type in by_type:
             try:
                 by_type[node.type](found.dependencies, node)
-            except _RULE_FAILS:
+            except RULE_FAILS:
                 found.lost.add(node)
 
 
@@ -227,8 +227,9 @@ def _place_splits(found: Graph) -> None:
         ]
         if len(ends) == len(node.outputs):
             found.lost.discard(node)
-            found.pieces[node] = pieces
             _set_mappings(node, ends, 0)
+            if len({end - start for start, end in pieces}) == 1:
+                found.periods[node] = pieces[0][1]
 
 
 def _pieces(split: Any) -> list[list[int]]:

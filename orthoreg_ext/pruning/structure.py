@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..layers import layer_kind
 from .fixed import keep_fixed
-from .graph import Graph, build, operation
+from .graph import RULE_FAILS, Graph, build, operation
 from .inputs import device_of, to_device, undisturbed
 from .layout import (
     Layout,
@@ -163,21 +163,19 @@ class _Walk:
                     return None
                 try:
                     pairs = mapping(pairs)
-                except LookupError:  # Torch-Pruning noted fewer pieces of a split than there are
+                except RULE_FAILS:  # fewer pieces of a split than there are, a stride of zero
                     return None
                 if any(not 0 <= pair.idx < widest for pair in pairs):
                     return None
         return pairs
 
     def _tie_pieces(self) -> None:
-        """Couples the channels at the same position of equal pieces: `chunk` must meet its ends."""
+        """Couples the channels at the same position of equal pieces, which must stay equal."""
         for (node, _), labels in self.labels.items():
-            pieces = self.found.pieces.get(node, [])
-            if len({end - start for start, end in pieces}) != 1:
-                continue
-            for channel, label in labels.items():
-                if (first := labels.get(channel % pieces[0][1])) is not None:
-                    self.join(first, label)
+            if (period := self.found.periods.get(node)) is not None:
+                for channel, label in labels.items():
+                    if (first := labels.get(channel % period)) is not None:
+                        self.join(first, label)
 
     def _keep(self, pairs: Any, reason: str) -> None:
         for pair in pairs:
@@ -377,7 +375,7 @@ class _Walk:
         return {
             self.find(label)
             for (node, _), labels in self.labels.items()
-            if node.type in fixing
+            if node.type in fixing or operation(node) in ("copyslices", "select", "index")
             for label in labels.values()
         }
 
