@@ -316,17 +316,54 @@ def filter_correlation(weights: Sequence[Tensor]) -> list[Tensor]:  # each [n, n
     return correlations
 
 
-def filter_distances(weights: Sequence[Tensor]) -> list[Tensor]:  # each [n, n]
+def filter_distances(
+    weights: Sequence[Tensor], *, exact: bool = False
+) -> list[Tensor]:  # each [n, n]
     """Computes the Euclidean distance between every two filters of each layer.
 
     They come from the Gram matrix, so those of nearly equal filters have few correct digits.
-    Raises as :func:`gram` does.
+
+    Args:
+        weights: the layers.
+        exact: compute the distances of near filters again, from their difference. It waits for the
+            GPU, and there is no single graph for the compiler.
+
+    Raises:
+        TypeError: as in :func:`gram`.
+        ValueError: as in :func:`gram`.
     """
     distances = []
-    for matrix in gram(weights):
-        square = matrix.diagonal()
-        distances.append(_square_root(square.unsqueeze(1) + square - 2 * matrix))
+    for weight, matrix in zip(weights, gram(weights), strict=True):
+        norms = matrix.diagonal()
+        scale = norms.unsqueeze(1) + norms
+        square = scale - 2 * matrix
+        found = _square_root(square)
+        if exact:
+            near = square <= _NEAR[square.dtype] * scale
+            found = _recomputed(found, weight.flatten(1).to(square.dtype), near)
+        distances.append(found)
     return distances
+
+
+_NEAR = {torch.float32: 0.1, torch.float64: 1e-4}
+"""Where the Gram matrix has too few digits left: |w_i - w_j|^2 over |w_i|^2 + |w_j|^2."""
+
+
+def _recomputed(
+    distances: Tensor,  # [n, n]
+    rows: Tensor,  # [n, k]
+    near: Tensor,  # bool [n, n]
+) -> Tensor:  # [n, n]
+    i, j = near.triu(1).nonzero(as_tuple=True)
+    step = max(1, 2**22 // max(1, rows.shape[1]))  # a few dozen MiB at once
+    found = [
+        torch.linalg.vector_norm(rows[i[at : at + step]] - rows[j[at : at + step]], dim=1)
+        for at in range(0, len(i), step)
+    ]
+    if not found:
+        return distances
+    values = torch.cat(found)
+    return distances.index_put((i, j), values).index_put((j, i), values)
 
 
 def _square_root(square: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,26 +15,25 @@ from torch.optim import Optimizer
 
 from ..errors import choose
 from . import checks
-from .calibration import Loss, mean_gradients
+from .calibration import Loss
 from .checkpoint import fingerprint
 from .counts import count, widths
 from .equivalence import checked_commit
+from .evidence import (
+    DIMS,
+    NORMALIZERS,
+    REDUCTIONS,
+    Evidence,
+    filters_per_unit,
+    scored_slots,
+)
 from .families import kinds
 from .history import check_history, units_of
 from .latency import POINTS, Stopwatch
 from .ledger import Ledger
 from .removal import Edit, check_optimizer, commit, removal_edits, undo
 from .result import PruneResult, layer_widths, merged, records
-from .scores import (
-    CRITERIA,
-    NORMALIZERS,
-    REDUCTIONS,
-    existing_gradients,
-    filters_per_unit,
-    score_slots,
-    scored_slots,
-    unit_scores,
-)
+from .scores import Criterion, get_criterion
 from .selection import (
     SCOPES,
     Block,
@@ -58,13 +57,17 @@ class Rules:
     """How units are scored, ranked and limited.
 
     Attributes:
-        criterion: a name of CRITERIA; low scores go first.
+        criterion: a name of CRITERIA, or a row like them, e.g. of :func:`~.scores.variety`; low
+            scores go first.
         scope: a name of SCOPES.
         round_to: the remaining channels of each pruned group are a multiple of it.
         max_layer_ratio: the largest share of a group's units, of its original count, that may go.
-        normalize: None, or divide the scores of each group by their "mean", "max" or "sum".
+        normalize: None, or divide the scores of each group by the "mean", "max" or "sum" of their
+            absolute values.
         group_reduction: "mean", "sum", "max", or "first".
-        bias: count a filter's bias among its entries.
+        bias: count a filter's bias among its entries, and a BatchNorm's shift for "bn_taylor".
+        dim: "out" scores a unit by the filters that make its channels, "in" by the entries of the
+            filters that read them, "both" by all of these.
         target: a name of TARGETS: what a ratio is a share of.
         rescore_every: the units that scope "one_at_a_time" removes before it scores anew; None: so
             many that about 64 scorings do for a round.
@@ -73,21 +76,33 @@ class Rules:
         ValueError: one is unknown or out of range.
     """
 
-    criterion: str = "fisher"
+    criterion: str | Criterion = "fisher"
     scope: str = "global"
     round_to: int = 1
     max_layer_ratio: float = 0.95
     normalize: str | None = None
     group_reduction: str = "mean"
     bias: bool = False
+    dim: str = "out"
     target: str = "filters"
     rescore_every: int | None = None
 
     def __post_init__(self) -> None:
-        choose("criterion", self.criterion, CRITERIA)
+        row = self.row
+        choose("dim", self.dim, DIMS)
+        if self.dim != "out" and not row.dims:
+            raise ValueError(
+                f"dim is {self.dim!r}, but criterion {row.name!r} does not score input channels: "
+                "leave dim='out', or use another criterion, e.g. 'l1'"
+            )
         choose("scope", self.scope, SCOPES)
         choose("target", self.target, TARGETS)
         choose("group_reduction", self.group_reduction, REDUCTIONS)
+        if self.group_reduction != "mean" and not row.reduces:
+            raise ValueError(
+                f"group_reduction is {self.group_reduction!r}, but criterion {row.name!r} sums "
+                "over the layers of a group inside the square: leave it at its default"
+            )
         if self.normalize is not None:
             choose("normalize", self.normalize, NORMALIZERS)
         step, share = self.round_to, self.max_layer_ratio
@@ -110,6 +125,15 @@ class Rules:
                 "scope='one_at_a_time' would measure anew after every few units, too often for "
                 "target='latency'; use scope='global' with rounds, or target='macs'"
             )
+
+    @property
+    def row(self) -> Criterion:
+        """The row of the criterion."""
+        return get_criterion(self.criterion)
+
+    def document(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return {**vars(self), "criterion": self.row.name}
 
     @property
     def limits(self) -> Limits:
@@ -186,25 +210,33 @@ class Engine:
         """The scores of the units of every prunable group by the criterion of the rules.
 
         Args:
-            data: (input, target) batches for criteria with gradients; without it the existing
-                `.grad` is used.
+            data: (input, target) batches for criteria with gradients; without it those of weights
+                alone use the existing `.grad`.
             loss: (output, target) -> mean loss; cross entropy by default.
 
         Raises:
             ValueError: a gradient is missing, or a score is not finite.
         """
-        rules, row = self.rules, CRITERIA[self.rules.criterion]
-        scored = scored_slots(self.model, self.structure, row, rules.bias)
-        gradients = None
-        if row.needs_grad:
-            parameters = {name: p for entry in scored for name, p in entry.parameters.items()}
-            if data is None:
-                gradients = existing_gradients(parameters)
-            else:
-                gradients = mean_gradients(self.model, parameters, data, loss)
-        pieces = score_slots(scored, row, rules.criterion, gradients) if scored else []
-        return unit_scores(
-            self.structure.prunable, scored, pieces, rules.group_reduction, rules.normalize
+        return self.rules.row.score(self.evidence(data, loss))
+
+    def evidence(self, data: Iterable[Any] | None = None, loss: Loss | None = None) -> Evidence:
+        """What a criterion can read of the model as it is now; for methods with their own scores.
+
+        Args:
+            data: as for :meth:`score`.
+            loss: as for :meth:`score`.
+        """
+        rules = self.rules
+        return Evidence(
+            name=rules.row.name,
+            model=self.model,
+            structure=self.structure,
+            data=data if rules.row.needs_grad else None,
+            loss=loss,
+            bias=rules.bias,
+            dim=rules.dim,
+            reduction=rules.group_reduction,
+            normalize=rules.normalize,
         )
 
     def pools(self, scores: Sequence[Tensor] | None = None) -> list[Pool]:
@@ -310,7 +342,7 @@ class Engine:
                 "and it stays so: verify=False skipped the check that would have restored it"
             ) from error
         layers = layer_widths(self.model, self.structure, self._widths)
-        settings = {**asdict(self.rules), "ignored": sorted(self.ignored), **settings}
+        settings = {**self.rules.document(), "ignored": sorted(self.ignored), **settings}
         history, more = list(self.history), {}
         if self._stopwatch is not None:
             self._stopwatch.saved(self.model, after.filters)
@@ -320,7 +352,7 @@ class Engine:
         )
 
     def _filters(self) -> list[Tensor]:  # each [u] int64
-        slots = scored_slots(self.model, self.structure, CRITERIA["l1"], bias=False)
+        slots = scored_slots(self.model, self.structure)
         return filters_per_unit(self.structure.prunable, slots)
 
     def _blocks(self, scores: Sequence[Tensor], share: float) -> list[Block]:

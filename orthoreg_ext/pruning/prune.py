@@ -13,14 +13,14 @@ from .calibration import Loss, check_data
 from .engine import Engine, Rules
 from .result import PrunePlan, PruneResult, RoundError
 from .schedule import check_ratio, check_rounds, removed_share
-from .scores import CRITERIA
+from .scores import Criterion
 
 
 def prune(
     model: nn.Module,
     example_inputs: Any,
     *,
-    criterion: str = "fisher",
+    criterion: str | Criterion = "fisher",
     ratio: float = 0.5,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
@@ -34,6 +34,7 @@ def prune(
     normalize: str | None = None,
     group_reduction: str = "mean",
     bias: bool = False,
+    dim: str = "out",
     ema: nn.Module | None = None,
     verify: bool = True,
     target: str = "filters",
@@ -61,11 +62,14 @@ def prune(
             model with; one sample is enough.
         criterion: with w, g the entries of a filter and of its mean gradient: "l1" sum |w|, "l2"
             sqrt(sum w^2), "taylor" |sum w g|, "taylor_sq" sum (w g)^2, "taylor_abs" sum |w g|,
-            "fisher" (sum w g)^2; "bn_scale" |gamma| of the BatchNorms behind the filters.
+            "fisher" (sum w g)^2; "bn_scale" |gamma| of the BatchNorms behind the filters;
+            "bn_taylor", "grasp", "rdt", "fpgm", "repr", "exemplar", "variety", "group_fisher" and
+            more, see docs/criteria.md; or a row like those of CRITERIA, e.g. variety("fisher").
         ratio: the share of the target to remove, in (0, 1).
         data: (input, target) batches for criteria with gradients: the gradient of the mean loss
             over all samples, in eval mode. Without it the existing `.grad` is used: compute it in
-            eval mode, behind a BatchNorm in train mode sum w g is identically 0.
+            eval mode, behind a BatchNorm in train mode sum w g is identically 0. "grasp", "rdt"
+            and "group_fisher" have to have data.
         loss: (output, target) -> mean loss; cross entropy by default.
         optimizer: one or several whose state (momentum, exp_avg, ...) follows the cut.
         scope: which groups compete. "global": all of them are ranked together; "local": each gives
@@ -82,9 +86,12 @@ def prune(
             to train.
         max_layer_ratio: the largest share of a group's units, of its original count, that may go;
             the most important stay.
-        normalize: None, or divide the scores of each group by their "mean", "max" or "sum".
+        normalize: None, or divide the scores of each group by the "mean", "max" or "sum" of their
+            absolute values.
         group_reduction: "mean", "sum", "max", or "first" (the first layer of the group decides).
         bias: count a filter's bias among its entries, as OrthoReg does for VGG.
+        dim: score a unit by the filters that make its channels ("out"), by the entries of the
+            filters that read them ("in"), or by all of these ("both").
         ema: a copy of the model (or its AveragedModel) that is cut alike.
         verify: check, for every round, that the pruned model computes what the unpruned one does
             with the removed channels at zero (two forward passes on the example inputs; only shapes
@@ -121,6 +128,7 @@ def prune(
         normalize=normalize,
         group_reduction=group_reduction,
         bias=bias,
+        dim=dim,
         target=target,
         rescore_every=rescore_every,
     )
@@ -128,7 +136,7 @@ def prune(
     check_rounds(rounds)
     checks.check_callable("loss", loss, "loss(output, target)")
     checks.check_callable("between_rounds", between_rounds, "between_rounds(model, round)")
-    if CRITERIA[criterion].needs_grad and data is not None:
+    if rules.row.needs_grad and data is not None:
         check_data(data, rounds + (scope == "one_at_a_time"))
     engine = Engine(
         model,

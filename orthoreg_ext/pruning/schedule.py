@@ -33,14 +33,15 @@ def removed_share(total: float, rounds: int) -> list[float]:
     return [*shares[:-1], total]
 
 
-def check_ratio(ratio: object) -> None:
-    """Refuses anything but a number in (0, 1)."""
+def check_ratio(ratio: object) -> float:
+    """Returns the ratio, and refuses anything but a number in (0, 1)."""
     number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
     if not number or not 0 < float(ratio) < 1:  # type: ignore[arg-type]
         raise ValueError(
             f"ratio is {ratio!r}, expected a number in (0, 1): the share of filters to remove, "
             "e.g. 0.5"
         )
+    return float(ratio)  # type: ignore[arg-type]
 
 
 def check_rounds(rounds: object) -> None:

@@ -1,200 +1,286 @@
-"""The table of criteria, and the way from a layer's filters to the units that can go."""
+"""The table of criteria."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from .. import functional as F
-from ..layers import FilterLayer, filter_layers
-from .units import Group, Slot, Structure
+from ..errors import choose
+from ..reference import filter_entries
+from . import redundancy
+from . import variety_rules as rules
+from .activations import FREED, group_fisher
+from .calibration import divergences, hessian_gradients
+from .evidence import Evidence, Scored, parameters_of
+
+NEEDS = ("weights", "gradients", "data")
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A way to rank filters; low scores go first.
+    """A way to rank units; low scores go first. Accepted wherever the name of one is.
 
     Attributes:
-        kernel: the score of ``functional.filter_scores`` that computes it.
+        name: what it is called in settings and messages.
         formula: with w, g the entries of one filter and of its mean gradient.
-        needs_grad: whether it reads gradients.
-        of: "filters" (weights of convolution and linear layers) or "gamma" (BatchNorm scales).
+        score: evidence -> the scores of the units of every prunable group, [u] float64 on the CPU.
+        needs: "weights"; "gradients" (computed on data, or those that are there); or "data".
+        dims: whether input channels can be scored too.
+        reduces: whether the scores of a unit's filters are reduced to one by `group_reduction`.
     """
 
-    kernel: str
+    name: str
     formula: str
-    needs_grad: bool = False
-    of: str = "filters"
-
-
-CRITERIA: dict[str, Criterion] = {
-    "l1": Criterion("l1", "sum |w|"),
-    "l2": Criterion("l2", "sqrt(sum w^2)"),
-    "taylor": Criterion("taylor", "|sum w g|", needs_grad=True),
-    "taylor_sq": Criterion("taylor_sq", "sum (w g)^2", needs_grad=True),
-    "taylor_abs": Criterion("taylor_abs", "sum |w g|", needs_grad=True),
-    "fisher": Criterion("fisher", "(sum w g)^2", needs_grad=True),
-    "bn_scale": Criterion("l1", "|gamma|", of="gamma"),
-}
-
-
-REDUCTIONS = ("mean", "sum", "max", "first")
-
-NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": torch.mean,
-    "max": torch.max,
-    "sum": torch.sum,
-}
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A slot whose channels have scores, and the parameters they come from."""
-
-    slot: Slot
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    layer: FilterLayer | None = None  # of a filter slot; None for BatchNorm scales, a row each
+    score: Callable[[Evidence], list[Tensor]] = field(repr=False)
+    needs: str = "weights"
+    dims: bool = False
+    reduces: bool = True
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters by name."""
-        named = {f"{self.slot.layer}.weight": self.weight}
-        return named if self.bias is None else {**named, f"{self.slot.layer}.bias": self.bias}
-
-    def rows(self, tensor: Tensor) -> Tensor:  # [n, ...]
-        """A tensor shaped as the weight, with the output dimension first."""
-        return tensor if self.layer is None else self.layer.rows(tensor)
+    def needs_grad(self) -> bool:
+        """Whether it differentiates the loss or the output of the model."""
+        return self.needs != "weights"
 
 
-def scored_slots(
-    model: nn.Module, structure: Structure, criterion: Criterion, bias: bool
-) -> list[Scored]:
-    """The slots of prunable groups that a criterion scores; shared weights once."""
-    wanted = torch.cat([group.units for group in structure.prunable])
-    layers = {layer.name: layer for layer in filter_layers(model)}
-    found = []
-    for slot in structure.slots:
-        if not torch.isin(slot.units, wanted).any():
-            continue
-        module: Any = model.get_submodule(slot.owner)
-        if criterion.of == "gamma":
-            if isinstance(module, _BatchNorm) and module.weight is not None:
-                found.append(Scored(slot, module.weight, None))
-        elif slot.has_filters and slot.layer in layers:
-            kept = module.bias if bias else None
-            found.append(Scored(slot, module.weight, kept, layers[slot.layer]))
-    return found
+Entries = Callable[[Evidence, list[Scored]], dict[str, Tensor]]
+"""Computes one number for each entry of each parameter, by name."""
 
 
-def existing_gradients(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The `.grad` of every parameter.
+def kernel(
+    evidence: Evidence,
+    sums: str,
+    of: str = "filters",
+    shift: bool = False,
+    entries: Entries | None = None,
+) -> list[Tensor]:  # each [u] float64
+    """A criterion of ``functional.filter_scores``, all slots in one launch for each dimension.
 
-    Raises:
-        ValueError: one has none, naming it and what to do.
+    Args:
+        evidence: what it reads.
+        sums: which one.
+        of: "filters", or "gamma" for the scales of BatchNorms.
+        shift: count the shift of a BatchNorm where biases count.
+        entries: what stands for the gradient; by default none.
     """
-    missing = [name for name, parameter in parameters.items() if parameter.grad is None]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ValueError(
-            f"{missing[0]!r}{more} has no gradient: pass data=[(input, target), ...] to compute "
-            "it, or call loss.backward() in eval mode before pruning"
-        )
-    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    scored = evidence.slots(of)
+    if of == "gamma" and not shift:
+        scored = [Scored(entry.slot, entry.weight, None) for entry in scored]
+    grads = None if entries is None else entries(evidence, scored)
+    rows: dict[int, Tensor] = {}
+    for dim in (0, 1):
+        part = [i for i, entry in enumerate(scored) if entry.dim == dim]
+        if part:
+            found = _kernel_rows([scored[i] for i in part], sums, dim, grads)
+            rows.update(zip(part, found, strict=True))
+    return evidence.units(scored, [rows[i] for i in range(len(scored))])
 
 
-def score_slots(
-    scored: list[Scored], criterion: Criterion, name: str, gradients: dict[str, Tensor] | None
-) -> list[Tensor]:
-    """Scores the channels of all slots in one call, [n] float64 on the CPU each.
-
-    Raises:
-        ValueError: a score is NaN or infinite, naming layer and criterion.
-    """
-    weights, grads = [], []
-    biases: list[Tensor | None] = []
-    bias_grads: list[Tensor | None] = []
-    for entry in scored:
-        wide = torch.promote_types(entry.weight.dtype, torch.float32)
-        weights.append(entry.rows(entry.weight.detach()).to(wide))
-        biases.append(None if entry.bias is None else entry.bias.detach().to(wide))
-        if gradients is not None:
-            grads.append(entry.rows(gradients[f"{entry.slot.layer}.weight"]).to(wide))
-            grad = gradients.get(f"{entry.slot.layer}.bias")
-            bias_grads.append(None if grad is None else grad.to(wide))
-    has_bias = any(bias is not None for bias in biases)
+def _kernel_rows(
+    scored: list[Scored], name: str, dim: int, grads: dict[str, Tensor] | None
+) -> list[Tensor]:  # each [channels]
+    own = [entry.of(dict(entry.parameters)) for entry in scored]
+    slopes = None if grads is None else [entry.of(grads) for entry in scored]
+    has_bias = any(bias is not None for _, bias in own)
     with torch.no_grad():
-        rows = F.filter_scores(
-            weights,
-            grads if gradients is not None else None,
-            (criterion.kernel,),
-            biases=biases if has_bias else None,
-            bias_grads=bias_grads if has_bias and gradients is not None else None,
-        )[criterion.kernel]
-    flat = torch.cat(rows).double().cpu()  # the one transfer
-    pieces = list(flat.split([len(row) for row in rows]))
-    for entry, piece in zip(scored, pieces, strict=True):
-        bad = (~torch.isfinite(piece)).nonzero().flatten()
-        if len(bad):
+        return F.filter_scores(
+            [weight for weight, _ in own],
+            None if slopes is None else [weight for weight, _ in slopes],
+            (name,),
+            dim=dim,
+            biases=[bias for _, bias in own] if has_bias else None,
+            bias_grads=[bias for _, bias in slopes] if has_bias and slopes is not None else None,
+            groups=[entry.groups for entry in scored],
+        )[name]
+
+
+def summed(evidence: Evidence, entries: Entries) -> list[Tensor]:  # each [u] float64
+    """The sum of numbers that `entries` gives to the entries of each filter or input channel."""
+    scored = evidence.slots()
+    found = entries(evidence, scored)
+    rows = []
+    for entry in scored:
+        weight, bias = entry.of(found)
+        extra = weight.new_empty(0) if bias is None else bias
+        rows.append(filter_entries(weight, extra, entry.groups, entry.dim).sum(1))
+    return evidence.units(scored, rows)
+
+
+def compared(
+    evidence: Evidence, rule: Callable[[Tensor], Tensor]
+) -> list[Tensor]:  # each [u] float64
+    """A rule on every filter matrix, [n, k] -> [n]; groups of a convolution are apart.
+
+    Layers with one filter a matrix (depthwise) have nothing to compare and do not count: the unit
+    is scored by its other layers.
+    """
+    scored = evidence.slots("matrices")
+    return evidence.units(scored, [_ruled(entry, rule) for entry in scored])
+
+
+def _ruled(entry: Scored, rule: Callable[[Tensor], Tensor]) -> Tensor:  # [n]
+    try:
+        return torch.cat([rule(matrix) for matrix in entry.matrices()])
+    except ValueError as error:
+        raise ValueError(f"layer {entry.slot.layer!r}: {error}") from error
+
+
+def _gradients(evidence: Evidence, scored: list[Scored]) -> dict[str, Tensor]:
+    return evidence.gradients(scored)
+
+
+def _curvature(evidence: Evidence, scored: list[Scored]) -> dict[str, Tensor]:
+    """The entries w (H g)."""
+    parameters = parameters_of(scored)
+    bent = hessian_gradients(evidence.model, parameters, evidence.batches(), evidence.loss)
+    return {name: p.detach().to(bent[name].dtype) * bent[name] for name, p in parameters.items()}
+
+
+def _divergence(evidence: Evidence, scored: list[Scored]) -> dict[str, Tensor]:
+    return divergences(evidence.model, parameters_of(scored), evidence.batches())
+
+
+def _joint(evidence: Evidence, freed: str) -> list[Tensor]:  # each [u] float64
+    readers = [s for s in evidence.structure.slots if s.kind == "filters" and s.side != "out"]
+    read = torch.cat([slot.units for slot in readers] or [torch.empty(0, dtype=torch.int64)])
+    groups = evidence.structure.prunable
+    for group in groups:
+        if not torch.isin(group.units, read).all():
             raise ValueError(
-                f"criterion {name!r} gives {float(piece[bad[0]])} for filter {int(bad[0])} of "
-                f"layer {entry.slot.layer!r} ({len(bad)} of {len(piece)} not finite): the cut "
-                "would be arbitrary. Look for NaN or infinity in its weights, or in the gradients "
-                "(loss, data)"
+                f"criterion {evidence.name!r} reads the inputs of layers, but no convolution or "
+                f"linear layer reads all channels of {group.name!r}; use another criterion, or "
+                "list the layer in ignored"
             )
-    return pieces
+    scores = group_fisher(
+        evidence.model, evidence.structure, evidence.batches(), evidence.loss, freed
+    )
+    for group in groups:
+        if not bool(torch.isfinite(scores[group.units]).all()):
+            raise ValueError(
+                f"criterion {evidence.name!r} is not finite for layer {group.name!r}: the cut "
+                "would be arbitrary. Look for NaN or infinity in the data or the loss"
+            )
+    return evidence.normalized([scores[group.units] for group in groups])
 
 
-def unit_scores(
-    groups: list[Group],
-    scored: list[Scored],
-    pieces: list[Tensor],  # each [n] float64
-    reduction: str,
-    normalize: str | None,
-) -> list[Tensor]:
-    """Reduces the scores of all channels of a unit to one, [u] float64 for each group.
+def exemplar(beta: float = redundancy.BETA) -> Criterion:
+    """Keeps the exemplars of affinity propagation, as EPruner does.
+
+    See :func:`~.redundancy.exemplars` for the formula and :func:`~.redundancy.exemplar` for the
+    scores. How many exemplars there are is not asked: the ratio is that of the call.
+
+    Args:
+        beta: of the preference; EPruner has 0.6 to 0.76, more for deep layers. Larger: fewer.
 
     Raises:
-        ValueError: a group has no scored layer (``bn_scale`` without a BatchNorm).
+        ValueError: beta is not above 0.
     """
-    wanted = torch.cat([group.units for group in groups])
-    units = torch.cat([entry.slot.units for entry in scored] or [wanted[:0]])
-    values = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.float64)
-    index = torch.full((int(wanted.max()) + 2,), len(wanted), dtype=torch.int64)  # last: not wanted
-    index[wanted] = torch.arange(len(wanted))
-    where = index[units.clamp(max=len(index) - 1)]  # NEVER = -1 reads the last entry
-    values, where = values[where < len(wanted)], where[where < len(wanted)]
-    counts = torch.bincount(where, minlength=len(wanted))
-    for group, held in zip(groups, counts.split([len(g.units) for g in groups]), strict=True):
-        if not held.all():
-            raise ValueError(
-                f"criterion 'bn_scale' needs a BatchNorm with a scale behind layer {group.name!r}, "
-                "but the graph shows none; use another criterion, or list the layer in ignored"
-            )
-    total = torch.zeros(len(wanted), dtype=torch.float64)
-    if reduction == "max":
-        total = total.scatter_reduce(0, where, values, "amax", include_self=False)
-    elif reduction == "first":
-        entry_number = torch.arange(len(where))
-        total = values[counts.scatter_reduce(0, where, entry_number, "amin", include_self=False)]
-    else:
-        total = total.index_add(0, where, values)
-        total = total / counts if reduction == "mean" else total
-    scores = list(total.split([len(group.units) for group in groups]))
-    if normalize is None:
-        return scores
-    return [s / NORMALIZERS[normalize](s).clamp(min=torch.finfo(s.dtype).tiny) for s in scores]
+    if not isinstance(beta, (int, float)) or not beta > 0:
+        raise ValueError(f"beta is {beta!r}, expected a number above 0, e.g. {redundancy.BETA}")
+    name = "exemplar" if beta == redundancy.BETA else f"exemplar(beta={beta})"
+    formula = "affinity propagation on -|w_i - w_j|^2, preference beta * median; exemplars stay"
+    rule = partial(redundancy.exemplar, beta=beta)
+    return Criterion(name, formula, partial(compared, rule=rule))
 
 
-def filters_per_unit(groups: list[Group], scored: list[Scored]) -> list[Tensor]:  # each [u] int64
-    """How many filters leave with each unit; the filters of a shared weight count once."""
-    units = torch.cat([entry.slot.units for entry in scored])
-    counts = torch.bincount(
-        units[units >= 0], minlength=max(int(g.units.max()) for g in groups) + 1
-    )
-    return [counts[group.units] for group in groups]
+def variety(
+    host: str | Criterion = "l1", mode: str = "pairwise", threshold: float = rules.THRESHOLD
+) -> Criterion:
+    """Makes any criterion look at redundant units first (Hubens et al., arXiv 2203.05807).
+
+    The paper's rule is not public, the three here are ours: ``pairwise`` takes the most similar
+    remaining pair by |cosine| and drops the one with the lower host score, again and again;
+    ``reweight`` lowers each host score by the share of the largest similarity to a unit that ranks
+    higher; ``gate`` lets only units go that have such a similarity of at least the threshold, as
+    long as there are any. See `variety_rules.py` for each.
+
+    Args:
+        host: the criterion that is wrapped.
+        mode: "pairwise", "reweight" or "gate".
+        threshold: of "gate", in [0, 1].
+
+    Raises:
+        ValueError: an unknown host or mode, or a threshold out of range.
+    """
+    row = get_criterion(host)
+    rule = rules.RULES[choose("mode", mode, rules.RULES)]
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold!r}, expected a number in [0, 1]")
+    options = f"{row.name}, {mode}" + (f", {threshold}" if mode == "gate" else "")
+    name = "variety" if options == "l1, pairwise" else f"variety({options})"
+
+    def score(evidence: Evidence) -> list[Tensor]:
+        scores = row.score(evidence)
+        alike = rules.similarities(evidence.model, evidence.structure)
+        return [rule(*pair, threshold) for pair in zip(scores, alike, strict=True)]
+
+    formula = f"{mode} on |cos(w_i, w_j)| with {row.name}: {row.formula}"
+    return Criterion(name, formula, score, row.needs, row.dims, row.reduces)
+
+
+def _group_fisher(freed: str) -> Criterion:
+    name = "group_fisher" if freed == "memory" else f"group_fisher_{freed}"
+    per = "" if freed == "nothing" else f" / {freed} freed"
+    formula = f"sum_n (sum_layers sum_hw a da)^2{per}"
+    return Criterion(name, formula, partial(_joint, freed=freed), "data", reduces=False)
+
+
+def _plain(name: str, formula: str) -> Criterion:
+    return Criterion(name, formula, partial(kernel, sums=name), dims=True)
+
+
+def _sloped(name: str, formula: str) -> Criterion:
+    score = partial(kernel, sums=name, entries=_gradients)
+    return Criterion(name, formula, score, "gradients", dims=True)
+
+
+def _of_gamma(name: str, formula: str, **options: Any) -> Criterion:
+    needs = "gradients" if "entries" in options else "weights"
+    return Criterion(name, formula, partial(kernel, of="gamma", **options), needs)
+
+
+def _summed(name: str, formula: str, entries: Entries) -> Criterion:
+    return Criterion(name, formula, partial(summed, entries=entries), "data", dims=True)
+
+
+def _compared(name: str, formula: str, rule: Callable[[Tensor], Tensor]) -> Criterion:
+    return Criterion(name, formula, partial(compared, rule=rule))
+
+
+_ROWS = (
+    _plain("l1", "sum |w|"),
+    _plain("l2", "sqrt(sum w^2)"),
+    _sloped("taylor", "|sum w g|"),
+    _sloped("taylor_sq", "sum (w g)^2"),
+    _sloped("taylor_abs", "sum |w g|"),
+    _sloped("fisher", "(sum w g)^2"),
+    _of_gamma("bn_scale", "|gamma|", sums="l1"),
+    _of_gamma("bn_taylor", "(gamma g)^2", sums="fisher", shift=True, entries=_gradients),
+    _summed("grasp", "sum w (H g)", _curvature),
+    _summed("rdt", "sum of sum_c p_c (d log p_c / dw)^2, over its mean", _divergence),
+    _compared("fpgm", "sum_j |w_i - w_j|", redundancy.fpgm),
+    _compared("repr", "-sum_j |cos(w_i, w_j)|", redundancy.repr_),
+    exemplar(),
+    *(_group_fisher(freed) for freed in FREED),
+)
+
+CRITERIA: dict[str, Criterion] = {row.name: row for row in _ROWS}
+
+
+def get_criterion(criterion: str | Criterion) -> Criterion:
+    """The row of a name, or the row itself.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(criterion, Criterion):
+        return criterion
+    return CRITERIA[choose("criterion", criterion, CRITERIA)]
+
+
+CRITERIA["variety"] = variety()

@@ -16,6 +16,7 @@ from .calibration import Loss, check_data
 from .engine import Engine, Rules
 from .inputs import call, device_of, tensors_in, to_device, undisturbed
 from .schedule import check_ratio
+from .scores import Criterion
 from .selection import select
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -91,7 +92,7 @@ def sensitivity(
     evaluate: Callable[[nn.Module], float] | None = None,
     loss: Loss | None = None,
     ratios: Sequence[float] = RATIOS,
-    criterion: str = "fisher",
+    criterion: str | Criterion = "fisher",
     round_to: int = 1,
     group_reduction: str = "mean",
     bias: bool = False,

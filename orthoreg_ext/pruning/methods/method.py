@@ -22,25 +22,28 @@ class Method:
         loss.backward()
         method.before_step()    # may add to the gradients
         optimizer.step()
-        method.after_step()     # may write weights, or remove units
+        method.after_step()     # may write weights, or remove units; once an optimizer step
         ...
         method.after_epoch()
         ...
         result = method.finish()    # removes what is left to remove
 
-    and may stop when ``method.done``. A method writes these calls where it needs them, and what it
-    has to remember in :meth:`_state` and :meth:`_load`.
+    and may stop when ``method.done``. With a GradScaler, ``scaler.unscale_(optimizer)`` comes
+    before ``before_step``. A method writes these calls where it needs them, and what it has to
+    remember in :meth:`_state` and :meth:`_load`.
 
     Args:
         model: pruned in place.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        ratio: the share of the prunable filters to remove in total, in (0, 1).
+        ratio: the share of the prunable filters (or of the `target` of the rules) to remove in
+            total, in (0, 1); None in methods that find it themselves.
         optimizer: the one that trains the model, or several; their state follows the cut.
         ignored: layers (names or modules) that keep their filters.
         ema: a copy of the model that is cut alike.
         verify: check that every cut leaves what the model computes without the removed channels.
-        rules: fields of :class:`~orthoreg_ext.pruning.engine.Rules`: criterion, scope, round_to,
-            max_layer_ratio, normalize, group_reduction, bias; the method has its own defaults.
+        rules: fields of :class:`~orthoreg_ext.pruning.engine.Rules`: criterion, scope, target,
+            round_to, max_layer_ratio, normalize, group_reduction, bias, dim; the method has its own
+            defaults.
 
     Attributes:
         steps: optimizer steps seen.
@@ -57,14 +60,15 @@ class Method:
         model: nn.Module,
         example_inputs: Any,
         *,
-        ratio: float = 0.5,
+        ratio: float | None = 0.5,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         ignored: Iterable[str | nn.Module] = (),
         ema: nn.Module | None = None,
         verify: bool = True,
         **rules: Any,
     ) -> None:
-        check_ratio(ratio)
+        if ratio is not None:
+            check_ratio(ratio)
         self.ratio = ratio
         self.engine = Engine(
             model,
@@ -75,7 +79,8 @@ class Method:
             ema=ema,
             verify=verify,
         )
-        self.engine.check_ratio(ratio)
+        if ratio is not None:
+            self.engine.check_ratio(ratio)
         self.steps = 0
         self.epochs = 0
         self._holders: Holders | None = None
@@ -128,7 +133,11 @@ class Method:
         """What a resumed run needs, ready for JSON."""
         return {
             "method": type(self).__name__,
-            "settings": {**vars(self.engine.rules), **self._settings()},
+            "settings": {
+                **self.engine.rules.document(),
+                "ignored": sorted(self.engine.ignored),
+                **self._settings(),
+            },
             "architecture": self.engine.architecture,
             "steps": self.steps,
             "epochs": self.epochs,
@@ -179,4 +188,4 @@ class Method:
 
     def lowest(self) -> Tensor:  # [r] int64
         """The units to remove by the rules, for the ratio to be gone in total."""
-        return self.engine.select(self.engine.score(), self.ratio)
+        return self.engine.select(self.engine.score(), check_ratio(self.ratio))

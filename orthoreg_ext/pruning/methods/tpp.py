@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ... import functional
 from ...layers import FilterLayer
+from ..held import Spread
 from .checks import positive, steps
 from .method import Method
 
@@ -28,11 +29,13 @@ class TPP(Method):
     with lambda = min(delta * floor(step / every), ceiling), steps from 0. Once lambda is at the
     ceiling, training goes on for `hold` steps, in which the filters of S are set to zero, layer by
     layer: layer i from the step (i + 1) * zero_every of these on. Then the method is done, and
-    :meth:`finish` removes S.
+    :meth:`finish` removes S. Of a grouped convolution every group has its own G and n_l.
 
     Paper against code: the released code takes the mean over the n^2 entries and the weight 1000
     where the paper sums; it adds the decay of the weights in S, which the paper may not have; and
-    it quiets the BatchNorm registered next, here it is the one that follows in the graph.
+    it quiets the BatchNorm registered next, here it is the one that follows in the graph. There S
+    has ceil(ratio * n) filters of a layer, here floor; there the steps at the ceiling are one more
+    than `hold`, and layers without filters in S count in the order of the zeroing too.
 
     Args:
         model: as for :class:`~.method.Method`, like all that is not named here; by default
@@ -67,6 +70,7 @@ class TPP(Method):
         self.weight = positive("weight", weight, zero=True)
         super().__init__(model, example_inputs, **arguments)
         self.chosen = self.lowest()  # S
+        self._silent: tuple[int, Spread] | None = None  # how many layers are zero, and their masks
 
     @property
     def strength(self) -> float:
@@ -87,35 +91,46 @@ class TPP(Method):
         strength = self.strength
         if strength == 0 or super().done:
             return
-        chosen, masks = self._chosen
-        layers = [layer for layer, _ in masks if layer.trainable]
+        layers, masks, coefficients, decay = self._chosen
         functional.add_gram_penalty_grad_(
             [layer.weight for layer in layers],
             "tpp",
             strength=strength * self.weight,
-            coefficients=[(layer.groups / layer.filters) ** 2 for layer in layers],
-            pruned=[mask for layer, mask in masks if layer.trainable],
+            coefficients=coefficients,
+            pruned=masks,
             groups=[layer.groups for layer in layers],
         )
-        self.holders.add_decay_(chosen * strength)
+        decay.add_decay_(strength)
 
     def after_step(self) -> None:  # noqa: D102
         super().after_step()
-        _, masks = self._chosen
-        silent = min(self.held // self.zero_every, len(masks))
+        silent = self.held // self.zero_every
         if silent and not super().done:
-            layers = {layer.name for layer, _ in masks[:silent]}
-            units = [m.units for m in self.holders.matrices if m.layer.name in layers]
-            zeros = torch.cat(units).cpu()
-            zeros = zeros[torch.isin(zeros, self.chosen)]
-            self.holders.scale_(self.holders.values(zeros, 0.0, rest=1.0))
+            self._silence(silent)
+
+    def _silence(self, count: int) -> None:
+        """Sets S to zero in the first layers that have filters in S."""
+        if self._silent is None or self._silent[0] != count:
+            chosen = self.holders.values(self.chosen)
+            parts = [m.units[m.of_units(chosen) > 0].cpu() for m in self.holders.matrices]
+            units = torch.cat([part for part in parts if len(part)][:count])
+            zeros = self.holders.spread(self.holders.values(units, 0.0, rest=1.0))
+            self._silent = count, zeros
+        self._silent[1].scale_()
 
     @cached_property
-    def _chosen(self) -> tuple[Tensor, list[tuple[FilterLayer, Tensor]]]:
-        """S as a vector over the units, and as a mask for each layer that has filters in S."""
+    def _chosen(self) -> tuple[list[FilterLayer], list[Tensor], Tensor, Spread]:
+        """The trainable layers with filters in S, their masks and factors, and S for the decay."""
         chosen = self.holders.values(self.chosen)
-        masks = [(m.layer, m.of_units(chosen) > 0) for m in self.holders.matrices]
-        return chosen, [(layer, mask) for layer, mask in masks if mask.any()]
+        found = [(m.layer, m.of_units(chosen) > 0) for m in self.holders.matrices]
+        found = [(layer, mask) for layer, mask in found if layer.trainable and mask.any()]
+        coefficients = [(layer.groups / layer.filters) ** 2 for layer, _ in found]
+        return (
+            [layer for layer, _ in found],
+            [mask for _, mask in found],
+            torch.tensor(coefficients, dtype=torch.float64, device=self.holders.device),
+            self.holders.spread(chosen),
+        )
 
     def _finish(self) -> None:
         self.remove(self.chosen)
@@ -129,4 +144,3 @@ class TPP(Method):
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.chosen = torch.tensor(state["chosen"], dtype=torch.int64)
-        self.__dict__.pop("_chosen", None)
