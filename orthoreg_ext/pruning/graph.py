@@ -84,6 +84,7 @@ def build(model: nn.Module, inputs: Any) -> Graph:
     _map_channels(found)
     _place_splits(found)
     _place_concats(found, sizes.found)
+    _place_gates(found)
     return found
 
 
@@ -230,6 +231,28 @@ def _place_splits(found: Graph) -> None:
             _set_mappings(node, ends, 0)
             if len({end - start for start, end in pieces}) == 1:
                 found.periods[node] = pieces[0][1]
+
+
+def _place_gates(found: Graph) -> None:
+    """Halves the channels behind every `glu`, which Torch-Pruning takes to be entrywise."""
+    index = found.tp._helpers._HybridIndex
+    for node in found.dependencies.module2node.values():
+        if operation(node) != "glu":
+            continue
+        shape, dim = node.grad_fn._saved_self.shape, node.grad_fn._saved_dim
+        half = shape[dim if dim < len(shape) else dim - 2**64] // 2
+
+        def there(pairs: Any, half: int = half) -> Any:
+            return [index(idx=pair.idx % half, root_idx=pair.root_idx) for pair in pairs]
+
+        def back(pairs: Any, half: int = half) -> Any:
+            return [
+                index(idx=pair.idx + start, root_idx=pair.root_idx)
+                for start in (0, half)
+                for pair in pairs
+            ]
+
+        _set_mappings(node, [(target, there, back) for target in node.outputs], 0)
 
 
 def _pieces(split: Any) -> list[list[int]]:

@@ -120,6 +120,22 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
+class Glu(nn.Sequential):
+    """Gated linear units behind a convolution and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.GLU(1),
+            nn.BatchNorm2d(8),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 12),
+            nn.GLU(),
+            nn.Linear(6, 4),
+        )
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -275,6 +291,7 @@ CASES = {
         {"embed": 4, "project": 4, "mlp1": 8, "mlp2": 4},
         {"qkv": "the forward pass fails without", "head": OUTPUT},
     ),
+    "glu": Case(Glu, IMAGE, {"0": 8, "5": 6}, {"7": OUTPUT}),
     "lstm": Case(
         lambda: Recurrent(nn.LSTM),
         SEQUENCE,
