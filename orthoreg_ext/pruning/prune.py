@@ -96,7 +96,7 @@ def prune(
         ema: a copy of the model (or its AveragedModel) that is cut alike.
         verify: check, for every round, that the pruned model computes what the unpruned one does
             with the removed channels at zero (two forward passes on the example inputs; only shapes
-            where LayerNorm or GroupNorm normalise over removed channels).
+            where a LayerNorm, GroupNorm or RMSNorm computes its statistics by hand).
         target: what the ratio is a share of. "filters": the prunable filters, without those of the
             output layer, of ignored and of frozen groups; as many go as come closest. Of the whole
             model, as :func:`count` defines them: "params", "macs", "memory"; of the time of one
