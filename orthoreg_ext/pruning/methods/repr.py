@@ -118,7 +118,7 @@ class RePr(Method):
         return self.holders.spread(self.holders.values(self.dropped, 0.0, rest=1.0))
 
     def _worst(self) -> Tensor:  # [r] int64
-        scores = scores_by_matrix(self.engine, "repr", mean_cosines)
+        scores = scores_by_matrix(self.engine, mean_cosines)
         return self.engine.select([-score for score in scores], check_ratio(self.ratio))
 
     def _drop(self) -> None:
