@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 
 import pytest
+import torch
 from torch import Tensor
 
 from orthoreg_ext.pruning import (
@@ -28,7 +29,7 @@ from orthoreg_ext.pruning.methods.method import Method
 from orthoreg_ext.pruning.rules import Rules
 
 from ..nets import ResNet
-from .loops import every_method
+from .loops import Small, batch, check_optimizer, every_method, ordered, run, sgd
 
 FINISHING = [TPP, GReg1, GReg2, IncReg, OrthP, Slimming, SoftFilter, EarlyBird, FPGM, RePr]
 
@@ -86,3 +87,34 @@ def test_what_is_chosen_amid_the_training_is_chosen_by_weights(
     model.eval()(x).square().mean().backward()  # gradients that are there do not change it
     with pytest.raises(ValueError, match="needs gradients over data, which this method"):
         cls(model, x, criterion=criterion)
+
+
+@pytest.mark.parametrize("cls", FINISHING)
+def test_memory_format_and_frozen_parts_stay(cls: type[Method], x: Tensor) -> None:
+    model = Small().to(memory_format=torch.channels_last)
+    model.bn1.requires_grad_(False)
+    frozen = [p.clone() for p in model.bn1.parameters()]
+    optimizer = sgd(model)
+    method = cls(model, x, optimizer=optimizer)
+    run(model, optimizer, method, 0, 4)
+    assert all(torch.equal(*pair) for pair in zip(frozen, model.bn1.parameters(), strict=True))
+    removed = method.finish().history
+    assert removed
+    assert not any(p.requires_grad for p in model.bn1.parameters())
+    for conv in (model.conv1, model.conv2):
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    check_optimizer(model, optimizer)
+
+
+@pytest.mark.parametrize("cls", [GReg1, GReg2, IncReg])
+def test_lambda_has_the_precision_of_the_weights(cls: type[Method], x: Tensor) -> None:
+    model = ordered(Small()).double()
+    method = cls(model, x.double(), **({} if cls is IncReg else {"every": 1}))
+    weight = model.conv1.weight.detach()[0]
+    x, y = batch(0)
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(x.double()), y).backward()
+    model.conv1.weight.grad.zero_()
+    method.before_step()
+    strength = {GReg1: 1e-4, GReg2: 1e-5, IncReg: 2.5e-4}[cls]
+    torch.testing.assert_close(model.conv1.weight.grad[0], strength * weight, rtol=1e-12, atol=0)
