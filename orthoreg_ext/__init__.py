@@ -1,6 +1,6 @@
 """Fast orthonormality regularisation and filter pruning for PyTorch."""
 
-from . import functional, pruning
+from . import functional, pruning, schedules
 from .backend import backend
 from .build_info import VERSION, build_info
 from .diagnosis import diagnose
@@ -18,4 +18,5 @@ __all__ = [
     "functional",
     "precision",
     "pruning",
+    "schedules",
 ]

@@ -15,7 +15,8 @@ from . import functional
 from .arguments import by_precision, check_layers
 from .backend import namespace_for
 from .in_place import PreparedPenalty, is_capturing, written_in_place
-from .penalties import get_penalty
+from .options import split_groups
+from .penalties import Penalty, get_penalty
 from .plan import Plan, Term
 from .precision import selected as selected_precision
 from .sides import choose_sides
@@ -122,7 +123,8 @@ class PreparedTerm:
         penalty = get_penalty(settings.penalty)
         taken = term.owned(owned)
         arguments = term.arguments(taken, owned)
-        layers = check_layers(**arguments)
+        layers = check_layers(arguments["weights"], arguments["biases"], arguments["groups"])
+        layers = split_groups(layers, penalty, arguments.get("num_groups"))
         sides = choose_sides(layers, penalty, settings.side)
         in_place = [False] * len(taken)
         if namespace is not None and penalty.compiled:
@@ -135,6 +137,7 @@ class PreparedTerm:
         for same_precision in by_precision(layers):
             part = [i for i in same_precision if in_place[i]]
             if part:
+                assert isinstance(penalty, Penalty)  # the others are not compiled
                 prepared = PreparedPenalty(
                     str(namespace), layers.take(part), penalty, sides.take(part), settings.precision
                 )
@@ -173,11 +176,15 @@ class PreparedTerm:
         return self._scales
 
     def _keep_for_replays(self) -> None:
-        """Replays read the coefficients at any later time: they live as long as a parameter."""
+        """Replays read coefficients and eigenvectors at any later time.
+
+        So they live as long as a parameter.
+        """
         if not self._is_kept:
             parameter = self._term.layers[self._parts[0].layers[0]].weight_parameters()[0]
-            coefficients = [part.coefficients for part in self._parts]
-            weakref.finalize(parameter, coefficients.clear).atexit = False
+            kept = [part.coefficients for part in self._parts]
+            kept += self._term.by_layer.get("vectors", [])
+            weakref.finalize(parameter, kept.clear).atexit = False
             self._is_kept = True
 
     def _add_by_call(self, layers: list[int], scale: Tensor) -> None:

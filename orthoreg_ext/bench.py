@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
+from .backend import backend
 from .layers import filter_layers
 from .machine import describe
-from .penalties import get_penalty
+from .penalties import Penalty, get_penalty
 from .plan import Term
 from .regularizer import OrthoRegularizer
 from .timing import Timing, measure, watch
@@ -57,6 +58,11 @@ def formula_term(terms: Sequence[Term], penalty: str) -> Tensor:
     row, parts = get_penalty(penalty), []
     for term in terms:
         given = term.tensors()
+        if not isinstance(row, Penalty) or row.kernel:
+            with backend("reference"):
+                values = functional.gram_penalty(penalty=penalty, side="small", **given)
+            parts.append((values * term.coefficients.to(values.dtype)).sum())
+            continue
         biases = [torch.empty(0) if bias is None else bias for bias in given["biases"]]
         nothing = [0.0] * len(biases)
         values = reference.gram_penalty(

@@ -16,28 +16,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import ops, reference, whole_matrix
 from .arguments import Layers, by_precision, check_coefficients, check_layers, scale_of
 from .backend import namespace_for
 from .errors import choose
 from .in_place import add_in_place, written_in_place
 from .members import group_members as group_members  # part of this module's interface
-from .penalties import Penalty, get_penalty
+from .options import Options, Stride, check_options, check_taken, split_groups
+from .parts import gather, given, pick, take
+from .penalties import Penalty, Row, WholeMatrix, get_penalty
 from .precision import selected as selected_precision
 from .scores import accumulate_fisher_ as accumulate_fisher_
 from .scores import filter_scores as filter_scores
 from .scores import group_scores as group_scores
 from .sides import SIDES, Sides, check_pruned, check_targets, choose_sides, count_pruned
-
-
-def _gather(parts: list[Tensor], indices: list[list[int]]) -> Tensor:  # [L]
-    """Puts per-precision results back into the order of the layers, in the widest precision."""
-    if len(parts) == 1:
-        return parts[0]
-    order = [i for part in indices for i in part]
-    double = any(part.dtype == torch.float64 for part in parts)
-    joined = torch.cat([part.double() if double else part for part in parts])
-    return _rows(joined, sorted(range(len(order)), key=order.__getitem__))
 
 
 def gram(
@@ -97,7 +89,7 @@ def _grams(layers: Layers, columns: list[bool]) -> list[Tensor]:  # each [g, m, 
     return [piece.view(size) for piece, size in zip(pieces, sizes, strict=True)]
 
 
-def _namespace(penalty: Penalty, layers: Layers) -> str | None:
+def _namespace(penalty: Penalty | WholeMatrix, layers: Layers) -> str | None:
     if not penalty.compiled:
         return None
     return _compiled(layers)
@@ -113,29 +105,35 @@ def _compiled(layers: Layers) -> str | None:
 
 
 def _penalty_values(
-    layers: Layers, masks: list[Tensor], targets: list[Tensor], penalty: Penalty, sides: Sides
+    layers: Layers,
+    masks: list[Tensor],
+    targets: list[Tensor],
+    penalty: Penalty | WholeMatrix,
+    sides: Sides,
+    options: Options,
 ) -> Tensor:
+    """The values without the penalty's factor."""
     namespace = _namespace(penalty, layers)
-    plain = (
-        *(layers.weights, layers.biases, masks, targets),
-        *(layers.groups, sides.columns, sides.offsets),
-    )
+    of_rows = (layers.weights, layers.biases, masks, targets, layers.groups, sides.columns)
+    if isinstance(penalty, WholeMatrix):
+        return whole_matrix.values(penalty.function, *of_rows, options.strides, options.vectors)
     if namespace is None:
-        return reference.gram_penalty(*plain, penalty)
+        return reference.gram_penalty(*of_rows, sides.offsets, penalty)
     operators = getattr(torch.ops, namespace)
-    values: Tensor = operators.gram_penalty(*plain, penalty.name, selected_precision())[0]
+    values: Tensor = operators.gram_penalty(
+        *of_rows, sides.offsets, penalty.functor, selected_precision()
+    )[0]
     return values
 
 
-def _take(rows: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
-    """The masks or targets of some of the layers; no list where none of them has one."""
-    taken = [rows[i] for i in indices] if rows else []
-    return taken if any(of.numel() for of in taken) else []
-
-
-def _given(rows: list[Tensor], indices: Sequence[int]) -> list[Tensor | None]:
-    """The masks or targets of some of the layers, as an argument."""
-    return [rows[i] if rows and rows[i].numel() else None for i in indices]
+def _finish(
+    sums: Tensor,  # [L]
+    penalty: Row,
+    sides: Sides,
+    masks: list[Tensor],
+) -> Tensor:  # [L]
+    values = count_pruned(sums, sides, masks)
+    return values if penalty.factor == 1 else values * penalty.factor
 
 
 def gram_penalty(
@@ -148,6 +146,9 @@ def gram_penalty(
     targets: Sequence[float | Tensor | None] | None = None,  # each [n]
     biases: Sequence[Tensor | None] | None = None,  # each [n]
     groups: Sequence[int] | None = None,
+    num_groups: int | None = None,
+    strides: Sequence[Stride] | None = None,
+    vectors: Sequence[Tensor] | None = None,  # each [groups, m]
 ) -> Tensor:  # [L]
     """Computes one orthonormality penalty a layer, twice differentiable.
 
@@ -158,24 +159,38 @@ def gram_penalty(
     do those whose squared norm is below the normal numbers, 1e-38 for all but float64), and
     ``tpp`` is sum of G_ij^2 over all pairs of which one filter is in `pruned` (Wang and Fu, arXiv
     2207.12534, who divide by n^2).
+    ``dso`` is ``so`` of both sides added, ``gor`` that of groups of filters, ``mc`` the largest
+    sum_j |R_ij|, ``srip`` the largest eigenvalue of R, squared, ``ocnn`` the norm of
+    conv(K, K) - I_0 of a convolution. docs/penalties.md has formulas and gradients, and says where
+    papers and released code differ. The groups of a layer are added (of roots, their squares).
     The sub-gradient of |.| at 0 is 0.
 
     Args:
         weights: the layers.
         penalty: a name of :data:`orthoreg_ext.penalties.PENALTIES`.
         side: ``"rows"`` compares filters, ``"cols"`` inputs, ``"small"`` takes the smaller Gram
-            matrix. For ``orthoreg``, ``offdiag`` and ``cosine`` the side is part of the definition;
-            for ``so`` the two differ by exactly n - k with equal gradients (for ``frobenius`` their
-            squares do), so the smaller one is computed. Of ``tpp``, and with `targets`, ``"small"``
-            compares filters.
+            matrix. For ``orthoreg``, ``offdiag``, ``cosine`` and ``mc`` the side is part of the
+            definition; for ``so`` the two differ by exactly n - k with equal gradients (for
+            ``frobenius`` their squares do), so the smaller one is computed; ``srip`` of the larger
+            one is at least 1; for ``dso`` it has no meaning. Of ``tpp`` and ``ocnn``, and with
+            `targets`, ``"small"`` compares filters.
         coefficients: factors of the layers' values; a tensor on the weights' device avoids a copy.
         pruned: filters to leave out of each Gram matrix, so that an orthonormal target does not
             regrow them; they get no gradient. For ``tpp`` those to be decorrelated from all others.
             A bool mask on the weights' device avoids a copy.
-        targets: of ``orthoreg``, ``so`` and ``frobenius``: the squared norm that each filter is
-            driven to, 1 where not given; one number for a layer, or one for each of its filters.
+        targets: of penalties that drive norms to 1: the squared norm that each filter is driven
+            to instead; one number for a layer, or one for each of its filters. Not of ``dso``.
         biases: one more column of each filter matrix, as OrthoReg's released VGG code does.
         groups: the filter matrices in each weight, 1 where not given.
+        num_groups: of ``gor``: a filter matrix of n filters is split into groups of consecutive
+            ones, as many as the largest divisor of n up to min(num_groups, n // 4); 32 where not
+            given, the default of its source.
+        strides: of ``ocnn``: of each convolution, a number or one for height and one for width, 1
+            where not given. A convolution of stride S and dilation d has the stride S / gcd(S, d).
+        vectors: of ``srip``: estimates of the eigenvectors, as many entries as the Gram matrix has
+            rows. Each call makes one step of power iteration in place and takes them as constants:
+            the value is at most the true one and the second derivative is that for a fixed vector.
+            Without, an eigen-solver finds the true value (which waits for a GPU).
 
     Returns:
         The values [L]: float64 if any weight is, else float32; an empty tensor for no weights.
@@ -190,15 +205,19 @@ def gram_penalty(
         return torch.zeros(0)
     factors = check_coefficients(coefficients, len(layers.weights), layers.device)
     masks, aims = check_pruned(layers, pruned, row), check_targets(layers, targets, row)
+    check_taken(row, num_groups=num_groups)
+    layers = split_groups(layers, row, num_groups)
     sides = choose_sides(layers, row, side, masks, aims)
+    options = check_options(layers, row, sides, strides, vectors)
     parts = by_precision(layers)
     found = [
         _penalty_values(
-            layers.take(part), _take(masks, part), _take(aims, part), row, sides.take(part)
+            *(layers.take(part), take(masks, part), take(aims, part)),
+            *(row, sides.take(part), options.take(part)),
         )
         for part in parts
     ]
-    values = count_pruned(_gather(found, parts), sides, masks)
+    values = _finish(gather(found, parts), row, sides, masks)
     return values if factors is None else values * factors.to(values.dtype)
 
 
@@ -213,11 +232,15 @@ def add_gram_penalty_grad_(
     targets: Sequence[float | Tensor | None] | None = None,
     biases: Sequence[Tensor | None] | None = None,
     groups: Sequence[int] | None = None,
+    num_groups: int | None = None,
+    strides: Sequence[Stride] | None = None,
+    vectors: Sequence[Tensor] | None = None,  # each [groups, m]
 ) -> Tensor:  # [L]
     """Adds the gradient of strength * sum(coefficients * gram_penalty) to each ``.grad``.
 
     No graph is built: the compiled operator writes straight into ``weight.grad`` and
-    ``bias.grad``, which are created where they are None. Tensors that do not require a gradient
+    ``bias.grad``, which are created where they are None. ``mc``, ``srip`` and ``ocnn``, which have
+    none, go through autograd. Tensors that do not require a gradient
     contribute their value and stay untouched. Tensors computed from parameters (transposed views,
     parametrizations) go through autograd to the parameters they come from.
 
@@ -231,6 +254,9 @@ def add_gram_penalty_grad_(
         targets: as in :func:`gram_penalty`.
         biases: as in :func:`gram_penalty`.
         groups: as in :func:`gram_penalty`.
+        num_groups: as in :func:`gram_penalty`.
+        strides: as in :func:`gram_penalty`.
+        vectors: as in :func:`gram_penalty`.
 
     Returns:
         The values of :func:`gram_penalty` with these arguments, without a graph.
@@ -252,55 +278,47 @@ def add_gram_penalty_grad_(
     if factors is not None:
         factors = factors.detach()
     scale = scale_of(layers, strength, factors)
+    given_groups = layers.groups
+    check_taken(row, num_groups=num_groups)
+    layers = split_groups(layers, row, num_groups)
     sides = choose_sides(layers, row, side, masks, aims)
+    check_options(layers, row, sides, strides, vectors)
     namespace, precision = _namespace(row, layers), selected_precision()
     in_place = [False] * count if namespace is None else written_in_place(original, layers)
     parts: list[list[int]] = []
     results: list[Tensor] = []
     rest = [i for i in range(count) if not in_place[i]]
     if rest:  # first: what it refuses, it refuses before any gradient is written
-        with torch.enable_grad():
+        # autocast would round the products of the backward pass
+        with torch.enable_grad(), torch.autocast(layers.device.type, enabled=False):
             values = gram_penalty(
                 [original[i] for i in rest],
                 penalty,
                 side=side,
-                pruned=_given(masks, rest),
-                targets=_given(aims, rest),
+                pruned=given(masks, rest),
+                targets=given(aims, rest),
                 biases=None if biases is None else [biases[i] for i in rest],
-                groups=[layers.groups[i] for i in rest],
+                groups=[given_groups[i] for i in rest],
+                num_groups=num_groups,
+                strides=None if strides is None else [strides[i] for i in rest],
+                vectors=None if vectors is None else [vectors[i] for i in rest],
             )
             if values.requires_grad:
-                (values * _rows(scale, rest).to(values.dtype)).sum().backward()
+                (values * pick(scale, rest).to(values.dtype)).sum().backward()
         parts.append(rest)
         results.append(values.detach())
     for precision_part in by_precision(layers):
         part = [i for i in precision_part if in_place[i]]
         if part:
-            taken, sided, masked = layers.take(part), sides.take(part), _take(masks, part)
+            taken, sided, masked = layers.take(part), sides.take(part), take(masks, part)
             added = add_in_place(
-                *(str(namespace), taken, masked, _take(aims, part)),
-                *(row, sided, _rows(scale, part), precision),
+                *(str(namespace), taken, masked, take(aims, part)),
+                *(row, sided, pick(scale, part), precision),
             )
             parts.append(part)
-            results.append(count_pruned(added, sided, masked))
-    values = _gather(results, parts)
+            results.append(_finish(added, row, sided, masked))
+    values = gather(results, parts)
     return values if factors is None else values * factors.to(values.dtype)
-
-
-def _rows(tensor: Tensor, indices: list[int]) -> Tensor:
-    """Some entries of a tensor, at least one; a run of neighbours is not copied.
-
-    No tensor of indices is made: it would have to be copied from the host, which waits for a GPU
-    and which no CUDA graph can capture.
-    """
-    runs: list[list[int]] = []  # [first, behind the last]
-    for i in indices:
-        if runs and runs[-1][1] == i:
-            runs[-1][1] = i + 1
-        else:
-            runs.append([i, i + 1])
-    pieces = [tensor[first:behind] for first, behind in runs]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def filter_correlation(weights: Sequence[Tensor]) -> list[Tensor]:  # each [n, n]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Layers
-from .penalties import Penalty
+from .penalties import Penalty, WholeMatrix
 from .reference import compute_dtype
 from .sides import Sides
 
@@ -56,12 +56,16 @@ def add_in_place(
     layers: Layers,
     masks: list[Tensor],  # each bool [n] or empty, or none at all
     targets: list[Tensor],  # each [n] or empty, or none at all
-    penalty: Penalty,
+    penalty: Penalty | WholeMatrix,
     sides: Sides,
     scale: Tensor,  # [L]
     precision: str,
 ) -> Tensor:  # [L]
-    """Adds the gradients of layers that are written in place; returns their values."""
+    """Adds the gradients of layers that are written in place; returns their values.
+
+    Those are without the penalty's factor, the gradients are with it.
+    """
+    assert isinstance(penalty, Penalty)  # the others have no operator
     grads = []
     for tensor in (*layers.weights, *layers.biases):
         if tensor.numel() and tensor.grad is None:
@@ -76,16 +80,21 @@ def add_in_place(
             targets,
             grads[:count],
             grads[count:],
-            scale.to(compute_dtype(layers.weights[0].dtype)),
+            times(scale, penalty.factor).to(compute_dtype(layers.weights[0].dtype)),
             layers.groups,
             sides.columns,
             sides.offsets,
-            penalty.name,
+            penalty.functor,
             precision,
         )
     if not torch.compiler.is_compiling():  # the compiler sees it in the schema
         torch.autograd.graph.increment_version([g for g in grads if g is not None and g.numel()])
     return values
+
+
+def times(scale: Tensor, factor: float) -> Tensor:
+    """The product; no operation for a factor of 1."""
+    return scale if factor == 1 else scale * factor
 
 
 class PreparedPenalty:
@@ -107,6 +116,7 @@ class PreparedPenalty:
         operators = getattr(torch.ops, namespace)
         self.dtype = compute_dtype(layers.weights[0].dtype)
         self._parameters = [*layers.weights, *(b for b in layers.biases if b.numel())]
+        self._factor = penalty.factor
         self._number = operators.prepare_gram_penalty(
             layers.weights,
             layers.biases,
@@ -115,7 +125,7 @@ class PreparedPenalty:
             layers.groups,
             sides.columns,
             sides.offsets,
-            penalty.name,
+            penalty.functor,
             precision,
         )
         self._operator = operators.add_prepared_gram_penalty_grad_
@@ -136,4 +146,4 @@ class PreparedPenalty:
                     parameter.grad = torch.zeros_like(parameter)
             grads = [parameter.grad for parameter in self._parameters]
         with torch.no_grad():
-            return bool(self._operator(self._number, grads, scale).numel())
+            return bool(self._operator(self._number, grads, times(scale, self._factor)).numel())

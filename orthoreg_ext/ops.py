@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import build_info, reference
-from .penalties import get_penalty
+from .penalties import KERNELS
 
 
 def gram_sizes(
@@ -95,7 +95,7 @@ def _gram_penalty_backward(namespace: str) -> Any:
         if grad_values is None:
             return *none, None, None, None, None, None
         factors = grad_values.contiguous()
-        if get_penalty(penalty).root:  # dP = d(P^2) / (2 P), and 0 where P is
+        if KERNELS[penalty].root:  # dP = d(P^2) / (2 P), and 0 where P is
             zero = values == 0
             factors = factors / (2 * values.masked_fill(zero, 1)) + (values - values)  # NaN of inf
             factors = factors.masked_fill(zero, 0)
@@ -144,7 +144,7 @@ def _gram_penalty_grad_backward(ctx: Any, directions: list[Tensor]) -> tuple[Any
             coefficients[i],
             group,
             columns[i],
-            get_penalty(penalty),
+            KERNELS[penalty],
             pruned[i] if pruned else None,
             targets[i] if targets else None,
         )

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from .errors import unknown_name
 from .in_place import is_capturing
 from .layers import FilterLayer, SkippedLayer, inspect_layers
+from .options import check_num_groups, count_groups
+from .penalties import PENALTIES, Row
+from .reference import compute_dtype
+from .whole_matrix import start_vectors
 
 Selector = str | Sequence[str] | Callable[[str, nn.Module], bool]
 LayerWeights = str | Mapping[str, float]
@@ -45,6 +49,8 @@ class Term:
     with_bias: list[bool]
     factors: list[float]
     coefficients: Tensor  # [L], on the device
+    common: dict[str, Any]  # what the penalty takes beside the layers
+    by_layer: dict[str, list[Any]]  # the same, one entry a layer
 
     def tensors(self) -> dict[str, Any]:
         """The current parameters, as arguments of a functional call."""
@@ -55,6 +61,8 @@ class Term:
                 for layer, bias in zip(self.layers, self.with_bias, strict=True)
             ],
             "groups": [layer.groups for layer in self.layers],
+            **self.common,
+            **self.by_layer,
         }
 
     def owned(self, parameters: set[int]) -> list[int]:
@@ -93,7 +101,8 @@ class Term:
             weights.append(layer.weight if mine else layer.weight.detach())
             biases.append(bias if bias is None or id(bias) in parameters else bias.detach())
         groups = [self.layers[i].groups for i in indices]
-        return {"weights": weights, "biases": biases, "groups": groups}
+        taken = {name: [of[i] for i in indices] for name, of in self.by_layer.items()}
+        return {"weights": weights, "biases": biases, "groups": groups, **self.common, **taken}
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,14 @@ class Plan:
 
     terms: list[Term]
     skipped: list[SkippedLayer]
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The eigenvectors of the layers, by name, of a penalty that takes them."""
+        return {
+            layer.name: vector
+            for term in self.terms
+            for layer, vector in zip(term.layers, term.by_layer.get("vectors", []), strict=False)
+        }
 
 
 class ModelState:
@@ -140,9 +157,11 @@ class Selection:
     exclude: Selector | None
     bias: bool | str
     max_dim: int
+    penalty: Row = PENALTIES["orthoreg"]
+    num_groups: int | None = None
 
-    def plan(self, model: nn.Module) -> Plan:
-        """Sorts the layers that a model has now."""
+    def plan(self, model: nn.Module, vectors: Mapping[str, Tensor] | None = None) -> Plan:
+        """Sorts the layers that a model has now; `vectors` are those of the plan before."""
         found, skipped = inspect_layers(model)
         taken: list[FilterLayer] = []
         for layer in found:
@@ -162,6 +181,8 @@ class Selection:
                 with_bias=[self._takes_bias(taken[i]) for i in indices],
                 factors=[factors[i] for i in indices],
                 coefficients=_on_device([factors[i] for i in indices], _widest(taken), device),
+                common={} if self.num_groups is None else {"num_groups": self.num_groups},
+                by_layer=self._by_layer([taken[i] for i in indices], vectors or {}),
             )
             for device, indices in by_device.items()
         ]
@@ -176,6 +197,11 @@ class Selection:
             return "frozen: its weight does not require a gradient"
         if layer.filters == 0 or layer.fan_in == 0:
             return "it has no filters"
+        if self.penalty.convolutional and not _is_2d(layer):
+            return (
+                f"penalty {self.penalty.name!r} is of 2-D convolutions and linear layers, not of "
+                f"{type(layer.module).__name__}"
+            )
         if self.include is not None:
             return ""
         if layer.kind == "linear" and layer is found[-1] and len(found) > 1:
@@ -188,20 +214,51 @@ class Selection:
             )
         return ""
 
+    def _by_layer(
+        self, layers: list[FilterLayer], vectors: Mapping[str, Tensor]
+    ) -> dict[str, list[Any]]:
+        """What the penalty takes of each layer beside its parameters."""
+        found: dict[str, list[Any]] = {}
+        if "strides" in self.penalty.takes:
+            found["strides"] = [_stride(layer.module) for layer in layers]
+        if "vectors" in self.penalty.takes:
+            found["vectors"] = [self._vectors(of, vectors.get(of.name)) for of in layers]
+        return found
+
+    def _vectors(self, layer: FilterLayer, known: Tensor | None) -> Tensor:  # [g, m]
+        """The eigenvectors of the layer: those that are known, if they still fit."""
+        size, columns = self._gram_size(layer)
+        weight = layer.weight
+        dtype = compute_dtype(weight.dtype)
+        if known is not None and known.shape == (layer.groups, size):
+            return known.to(weight.device, dtype)
+        bias = layer.bias if self._takes_bias(layer) else None
+        return start_vectors(weight, bias, layer.groups, columns)
+
     def _takes_bias(self, layer: FilterLayer) -> bool:
         wanted = layer.kind != "linear" if self.bias == "conv" else bool(self.bias)
-        return wanted and layer.bias is not None
+        return wanted and layer.bias is not None and not self.penalty.convolutional
+
+    def _groups(self, layer: FilterLayer) -> int:
+        """The filter matrices of the layer that are compared within themselves."""
+        if "num_groups" not in self.penalty.takes:
+            return layer.groups
+        most = check_num_groups(self.num_groups)
+        return layer.groups * count_groups(layer.filters // layer.groups, most)
 
     def _gram_size(self, layer: FilterLayer) -> tuple[int, bool]:
         """The rows of the layer's Gram matrices, and whether they are on the columns' side."""
-        n = layer.filters // layer.groups
+        n = layer.filters // self._groups(layer)
         k = layer.fan_in + int(self._takes_bias(layer))
-        columns = self.side == "cols" or (self.side == "small" and n > k)
+        small = self.side == "small" or self.penalty.both_sides
+        columns = n > k if small else self.side == "cols"
+        if self.penalty.of_filters:
+            columns = False
         return (k if columns else n), columns
 
     def _factors(self, taken: list[FilterLayer]) -> list[float]:
         if isinstance(self.layer_weights, str):
-            groups = [layer.groups for layer in taken]
+            groups = [self._groups(layer) for layer in taken]
             sizes = [self._gram_size(layer)[0] for layer in taken]
             return LAYER_WEIGHTS[self.layer_weights](groups, sizes)
         return [float(self.layer_weights.get(layer.name, 1.0)) for layer in taken]
@@ -226,6 +283,18 @@ class Selection:
                         f"layer_weights[{name!r}] is {weight!r}, expected a finite number of at "
                         "least 0"
                     )
+
+
+def _is_2d(layer: FilterLayer) -> bool:
+    return isinstance(layer.module, nn.Conv2d | nn.Linear)
+
+
+def _stride(module: nn.Module) -> tuple[int, int]:
+    """The stride S, with dilation d S / gcd(S, d): the overlapping shifts are multiples of both."""
+    if not isinstance(module, nn.Conv2d):
+        return 1, 1
+    (down, across), (d, e) = module.stride, module.dilation
+    return down // math.gcd(down, d), across // math.gcd(across, e)
 
 
 def _widest(layers: list[FilterLayer]) -> torch.dtype:

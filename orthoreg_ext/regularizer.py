@@ -14,6 +14,7 @@ from . import functional
 from .attachment import Attachment, PreparedTerms, parameters_of
 from .diagnostics import LayerReport, Report, mean_correlation
 from .errors import choose
+from .options import check_num_groups, check_taken
 from .penalties import get_penalty
 from .plan import (
     LAYER_WEIGHTS,
@@ -24,6 +25,7 @@ from .plan import (
     Selector,
     is_factor,
 )
+from .schedules import Stateful
 from .sides import SIDES
 
 
@@ -46,6 +48,11 @@ class OrthoRegularizer:
     Layers are looked up at every call, so parameters that were replaced (pruned) or frozen since
     are seen. Shared parameters count once.
 
+    ``srip`` keeps an eigenvector for each layer: a step is one step of power iteration, and a new
+    layer (or one whose Gram matrix has another size, pruned) begins with 100. Its value is at most
+    the true one; ``report()`` gives the true one. ``ocnn`` takes strides and dilations from the
+    modules and leaves biases out; layers that are no 2-D convolution or linear are skipped.
+
     Args:
         model: the module whose layers are regularised.
         penalty: a name of :data:`orthoreg_ext.penalties.PENALTIES`.
@@ -60,8 +67,10 @@ class OrthoRegularizer:
         bias: whether a bias is one more entry of its filter: True, False or ``"conv"`` (not for
             linear layers).
         every: evaluates the term on every so many-th call or step only, that many times as strong.
-        schedule: a function from the step number (0, 1, ...) to a factor of the strength.
+        schedule: a function from the step number (0, 1, ...) to a factor of the strength, one of
+            :mod:`orthoreg_ext.schedules` for example.
         max_dim: the largest Gram matrix that is taken without `include`.
+        num_groups: of ``gor``: see :func:`functional.gram_penalty`.
 
     Raises:
         ValueError: no layer is left, or an argument is out of range or unknown.
@@ -81,6 +90,7 @@ class OrthoRegularizer:
         every: int = 1,
         schedule: Callable[[int], float] | None = None,
         max_dim: int = 2048,
+        num_groups: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -96,11 +106,19 @@ class OrthoRegularizer:
             raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
         if isinstance(layer_weights, str):
             choose("layer_weights", layer_weights, LAYER_WEIGHTS)
-        if get_penalty(penalty).counts is not None:
+        row = get_penalty(penalty)
+        if row.counts is not None:
             raise ValueError(
                 f"penalty {penalty!r} is about the filters to prune, which a regulariser of "
                 "a whole model does not know: use functional.add_gram_penalty_grad_ with pruned="
             )
+        if row.convolutional and bias is True:
+            raise ValueError(f"bias is True, but a bias has no part in penalty {penalty!r}")
+        if row.of_filters and side == "cols":
+            raise ValueError(f"penalty {penalty!r} compares filters: side cannot be 'cols'")
+        check_taken(row, num_groups=num_groups)
+        if "num_groups" in row.takes:
+            num_groups = check_num_groups(num_groups)
         self.model = model
         self.penalty = penalty
         self.strength = float(strength)
@@ -108,7 +126,9 @@ class OrthoRegularizer:
         self.every = every
         self.schedule = schedule
         self.step = 0  # calls of this object; attached optimizers count their own steps
-        self._selection = Selection(self.side, layer_weights, include, exclude, bias, max_dim)
+        self._selection = Selection(
+            *(self.side, layer_weights, include, exclude, bias, max_dim, row, num_groups)
+        )
         self._attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Attachment] = (
             weakref.WeakKeyDictionary()
         )
@@ -213,6 +233,7 @@ class OrthoRegularizer:
         with torch.no_grad():
             for term in plan.terms:
                 tensors = term.tensors()
+                tensors.pop("vectors", None)  # without them it is the true value
                 values = functional.gram_penalty(penalty=self.penalty, side=self.side, **tensors)
                 for i, layer in enumerate(term.layers):
                     rows.append(
@@ -236,17 +257,26 @@ class OrthoRegularizer:
         The steps of attached optimizers are in the order in which they were attached.
         """
         steps = [a.step for a in self._attached.values() if a.active]
-        return {"step": self.step, "attached_steps": steps, **self._settings()}
+        state = {"step": self.step, "attached_steps": steps, **self._settings()}
+        if isinstance(self.schedule, Stateful):
+            state["schedule"] = dict(self.schedule.state_dict())
+        if vectors := self._current().vectors():
+            state["vectors"] = {name: vector.clone() for name, vector in vectors.items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a :meth:`state_dict`; optimizers may be attached before or after.
 
         Raises:
-            ValueError: the state is of a regulariser with other settings, or incomplete.
+            ValueError: the state is of a regulariser with other settings, or incomplete; nothing
+                has changed then.
         """
-        settings = self._settings()
-        missing = {"step", "attached_steps", *settings} - set(state)
-        if missing:
+        settings, vectors = self._settings(), self._current().vectors()
+        schedule = self.schedule if isinstance(self.schedule, Stateful) else None
+        expected = {"step", "attached_steps", *settings}
+        expected |= {"schedule"} if schedule else set()
+        expected |= {"vectors"} if vectors else set()
+        if missing := expected - set(state):
             names = ", ".join(sorted(missing))
             raise ValueError(f"state has no {names}: is it the state_dict of an OrthoRegularizer?")
         for key, value in settings.items():
@@ -254,6 +284,24 @@ class OrthoRegularizer:
                 raise ValueError(
                     f"state was saved with {key}={state[key]!r}, but this regulariser has {value!r}"
                 )
+        if "schedule" in state and schedule is None:
+            raise ValueError(
+                f"state was saved with the schedule {state['schedule']!r}, but that of this "
+                f"regulariser is {self.schedule!r}: give it schedule="
+            )
+        for name, vector in vectors.items():
+            saved = state["vectors"].get(name)
+            if not isinstance(saved, Tensor) or saved.shape != vector.shape:
+                size = tuple(saved.shape) if isinstance(saved, Tensor) else saved
+                raise ValueError(
+                    f"state has the eigenvectors {size} of layer {name!r}, but this regulariser "
+                    f"has {tuple(vector.shape)}: load it before or after the layers are pruned, as "
+                    "it was saved"
+                )
+        if schedule is not None:
+            schedule.load_state_dict(state["schedule"])
+        for name, vector in vectors.items():
+            vector.copy_(state["vectors"][name])
         self.step = int(state["step"])
         self._loaded_steps = [int(step) for step in state["attached_steps"]]
         for attachment in self._attached.values():
@@ -262,7 +310,7 @@ class OrthoRegularizer:
 
     def _settings(self) -> dict[str, Any]:
         weights = self._selection.layer_weights
-        return {
+        found = {
             "penalty": self.penalty,
             "strength": self.strength,
             "side": self.side,
@@ -271,6 +319,9 @@ class OrthoRegularizer:
             "every": self.every,
             "layers": [layer.name for term in self._current().terms for layer in term.layers],
         }
+        if self._selection.num_groups is not None:
+            found["num_groups"] = self._selection.num_groups
+        return found
 
     def _factor(self, step: int) -> float:
         """The factor of the term in a step, 0 where it is left out."""
@@ -298,6 +349,6 @@ class OrthoRegularizer:
         if torch.compiler.is_compiling():
             return self._plan  # a graph is of fixed layers anyway
         if self._state is None or not self._state.holds():
-            self._plan = self._selection.plan(self.model)
+            self._plan = self._selection.plan(self.model, self._plan.vectors())
             self._state = ModelState(self.model)
         return self._plan

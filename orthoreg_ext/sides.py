@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .arguments import DTYPES, Layers
 from .errors import wrong_length
-from .penalties import Penalty
+from .penalties import Row
 from .reference import compute_dtype
 
 SIDES = ("rows", "cols", "small")
@@ -23,7 +23,7 @@ class Sides:
 
     columns: list[bool]
     offsets: list[float]
-    dropped: list[int]  # what each pruned filter adds to the offset: -1, 0 or 1
+    dropped: list[float]  # what each pruned filter adds to the offset: -1 to 1
 
     def take(self, indices: Sequence[int]) -> Sides:
         """The sides of some of the layers."""
@@ -36,7 +36,7 @@ class Sides:
 
 def choose_sides(
     layers: Layers,
-    penalty: Penalty,
+    penalty: Row,
     side: str,
     masks: Sequence[Tensor] = (),  # each bool [n] or empty, or none at all
     targets: Sequence[Tensor] = (),  # each [n] or empty, or none at all
@@ -50,24 +50,25 @@ def choose_sides(
     for i, group in enumerate(layers.groups):
         n, k = layers.filters(i), layers.fan_in(i)
         small = n > k
-        of_filters = penalty.counts is not None or bool(targets and targets[i].numel())
+        of_filters = penalty.of_filters or bool(targets and targets[i].numel())
         # the host does not count the filters that are left out, whose number is below the root
         agree = penalty.sides_agree and not (penalty.root and masks and masks[i].numel())
         if of_filters and side == "cols":
-            what = "targets" if penalty.counts is None else f"penalty {penalty.name!r}"
+            what = f"penalty {penalty.name!r}" if penalty.of_filters else "targets"
             raise ValueError(f"{what} and side='cols' exclude each other: filters are compared")
-        asked = not of_filters and (small if side == "small" else side == "cols")
-        column = small if agree and not of_filters else asked
+        wanted = not of_filters and (small if side == "small" else side == "cols")
+        asked = 0.5 if penalty.both_sides else float(wanted)  # the share of the columns
+        column = small if agree and not of_filters else wanted
         columns.append(column)
         # value(rows) - value(cols) = n - k in each group, where the sides agree; of pruned filters
         # none counts in n
-        offsets.append(0.0 if column == asked else float(group * (n - k if column else k - n)))
-        dropped.append(int(asked) - int(column))
+        offsets.append(group * (asked - column) * (k - n))
+        dropped.append(asked - column)
     return Sides(columns, offsets, dropped)
 
 
 def check_pruned(
-    layers: Layers, pruned: Sequence[Tensor | None] | None, penalty: Penalty
+    layers: Layers, pruned: Sequence[Tensor | None] | None, penalty: Row
 ) -> list[Tensor]:  # each bool [n] or empty
     """Returns the pruned filters as masks on the layers' device; no list for no mask at all.
 
@@ -120,7 +121,7 @@ def check_pruned(
 
 
 def check_targets(
-    layers: Layers, targets: Sequence[float | Tensor | None] | None, penalty: Penalty
+    layers: Layers, targets: Sequence[float | Tensor | None] | None, penalty: Row
 ) -> list[Tensor]:  # each [n] or empty
     """Returns what each filter's G_ii is driven to, on the layers' device; no list for none at all.
 
@@ -137,10 +138,10 @@ def check_targets(
         raise wrong_length("targets", len(targets), len(layers.weights), "weights")
     if all(target is None for target in targets):
         return []
-    if penalty.diagonal != "target":
+    if penalty.diagonal != "target" or penalty.both_sides:
         raise ValueError(
-            f"penalty {penalty.name!r} is {penalty.formula}: it has no target for the norms; leave "
-            "targets= out"
+            f"penalty {penalty.name!r} is {penalty.formula}: it has no target for the norms of "
+            "filters; leave targets= out"
         )
     found: list[Tensor] = []
     for i, (target, weight) in enumerate(zip(targets, layers.weights, strict=True)):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import orthoreg_ext as ox
 import orthoreg_ext.functional as F
-from orthoreg_ext.penalties import PENALTIES
+from orthoreg_ext.penalties import KERNELS
 from orthoreg_ext.precision import PRECISIONS, precision
 from orthoreg_ext.reference import FISHER_DIAG, REDUCTIONS, SCORES, compute_dtype
 
@@ -63,7 +63,7 @@ class Run:
     dtype: torch.dtype
     mode: str
     shapes: Shapes = ()
-    penalties: tuple[str, ...] = tuple(PENALTIES)
+    penalties: tuple[str, ...] = tuple(KERNELS)
     tile: str = ""
     rest: bool = True
 
@@ -102,7 +102,7 @@ def grams(device: str, run: Run) -> Results:
     for side in ("rows", "cols"):
         out[f"gram {side}"] = F.gram(weights, side)
         for penalty in run.penalties:
-            marks = PENALTIES[penalty].counts is not None
+            marks = KERNELS[penalty].counts is not None
             if marks and side == "cols":
                 continue
             for masks in (pruned,) if marks else (None, pruned):
@@ -251,9 +251,9 @@ def all_runs(*, emulated: bool) -> list[Run]:
             if emulated and dtype != torch.float32 and mode != "3xtf32":
                 continue
             low = dtype == torch.float32 and mode in LOWER
-            runs += [Run(dtype, mode, SMALL, SMOOTH if low else tuple(PENALTIES))]
+            runs += [Run(dtype, mode, SMALL, SMOOTH if low else tuple(KERNELS))]
             exact = dtype == torch.float64
-            runs += [Run(dtype, mode, MIXED, tuple(PENALTIES) if exact else SMOOTH)]
+            runs += [Run(dtype, mode, MIXED, tuple(KERNELS) if exact else SMOOTH)]
     large = SCALED if emulated else LARGE
     runs += [Run(torch.float32, mode, large, ("so",), rest=False) for mode in PRECISIONS]
     tiles = [(tile, mode) for tile in ("32", "64", "128") for mode in ("3xtf32", "bf16")]

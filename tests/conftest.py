@@ -12,11 +12,12 @@ from torch import Tensor
 import orthoreg_ext as ox
 from orthoreg_ext.backend import BACKENDS
 from orthoreg_ext.build_info import compiled, reason
-from orthoreg_ext.penalties import PENALTIES
+from orthoreg_ext.penalties import KERNELS, PENALTIES
 from orthoreg_ext.reference import Rows, filter_matrices, slopes
 
-NAMES = sorted(PENALTIES)
-MARKING = [name for name in NAMES if PENALTIES[name].counts is not None]
+NAMES = sorted(KERNELS)  # those that every implementation has
+OTHERS = sorted(PENALTIES.keys() - KERNELS.keys())  # by those of another one, or plain PyTorch
+MARKING = [name for name in NAMES if KERNELS[name].counts is not None]
 LEAVING_OUT = [name for name in NAMES if name not in MARKING]  # the filters that are pruned
 
 
@@ -207,7 +208,7 @@ def gradient_floor(
     So its rounding errors are small beside |S| |W| only; a few of them meet, hence the factor. 0
     for others.
     """
-    root = PENALTIES[name].root
+    root = KERNELS[name].root
     if name != "cosine" and targets is None and not (masked and root):
         return [0.0] * len(layers.parameters())
     weights, biases = [], []
@@ -220,7 +221,7 @@ def gradient_floor(
             side == "cols" or (side == "small" and matrices.shape[1] > matrices.shape[2])
         )
         aims = None if target is None else torch.as_tensor(target).cpu().to(w.dtype).expand(len(w))
-        slope = slopes(matrices, columns, PENALTIES[name], Rows.of(None, aims, groups, columns))
+        slope = slopes(matrices, columns, KERNELS[name], Rows.of(None, aims, groups, columns))
         rows, slope = matrices.abs(), slope.abs()
         if root:
             slope = slope / slope.norm()

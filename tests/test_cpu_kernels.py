@@ -15,7 +15,7 @@ from torch import Tensor
 import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.build_info import compiled, reason
-from orthoreg_ext.penalties import PENALTIES
+from orthoreg_ext.penalties import KERNELS
 from tests.conftest import Layers, relative_error
 
 pytestmark = pytest.mark.skipif(not compiled, reason=reason)
@@ -69,13 +69,13 @@ def run(layers: Layers, name: str, pruned: list[Tensor | None] | None) -> list[T
 def compare_with_float64() -> None:
     """Everything against the reference; one process an instruction set."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for name in sorted(PENALTIES):
+        for name in sorted(KERNELS):
             layers = draw(SHAPES, dtype)
             rounding = ROUNDING.get(dtype, 0.0)
             tolerance = 1e-13 if dtype == torch.float64 else 1e-6
             if name == "orthoreg" and dtype != torch.float64:
                 tolerance = 3e-6  # an entry within rounding of 0 has a sign of its own
-            for pruned in (masks(layers),) if PENALTIES[name].counts else (None, masks(layers)):
+            for pruned in (masks(layers),) if KERNELS[name].counts else (None, masks(layers)):
                 with ox.backend("cpu"):
                     got = run(layers, name, pruned)
                 oracle = layers.double()
@@ -131,7 +131,7 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
             assert relative_error(b, a.double()) <= 1e-6
 
 
-@pytest.mark.parametrize("name", sorted(PENALTIES))
+@pytest.mark.parametrize("name", sorted(KERNELS))
 def test_threads_and_other_layers_change_no_bit(name: str) -> None:
     shapes = [*SHAPES, (512, 300, 1), (96, 2000, 1)]
     layers = draw(shapes, torch.float32)
@@ -160,7 +160,7 @@ def test_threads_and_other_layers_change_no_bit(name: str) -> None:
 
 def test_both_routes_give_the_same_numbers() -> None:
     layers = draw([*SHAPES, (512, 300, 1)], torch.float32)
-    for name in PENALTIES:
+    for name in KERNELS:
         values, *rest = run(layers, name, masks(layers))
         count = len(layers.parameters())
         assert torch.equal(values, rest[count])

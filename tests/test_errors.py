@@ -14,7 +14,7 @@ CASES = [
     (
         lambda: F.gram_penalty([W], "ortoreg"),
         ValueError,
-        r"unknown penalty 'ortoreg'; did you mean 'orthoreg'\? Valid: cosine, frobenius, offdiag, ",
+        r"unknown penalty 'ortoreg'; did you mean 'orthoreg'\? Valid: cosine, dso, frobenius, ",
     ),
     (
         lambda: F.gram_penalty([W], side="row"),

@@ -613,7 +613,9 @@ def test_penalty_without_a_functor_runs_on_the_reference(
     cube = Penalty(
         name="cube",
         formula="sum |G - I|^3",
+        gradient="6 |G - I| (G - I) W",
         source="this test",
+        code="none",
         diagonal="target",
         value=lambda r: r.abs() ** 3,
         slope=lambda r: 3 * r * r.abs(),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import unknown_name
-from ..engine import Rules
+from ..rules import Rules
 
 
 def positive(argument: str, value: object, *, zero: bool = False) -> float:
@@ -38,18 +38,33 @@ def steps(argument: str, value: object, *, zero: bool = False) -> int:
 
 
 def check_rules(method: str, rules: Mapping[str, Any]) -> None:
-    """Refuses what is no rule, and the rules that only `prune` follows.
+    """Refuses what is no rule, and the one that only `prune` follows.
 
     Raises:
         TypeError: there is no such argument.
-        ValueError: the method would have to score anew between two removals.
+        ValueError: `rescore_every`, which belongs to scope "one_at_a_time".
     """
     known = [field.name for field in dataclasses.fields(Rules)]
     for name in rules:
         if name not in known:
             raise TypeError(str(unknown_name(f"argument of {method}", name, known)))
-    if rules.get("scope") == "one_at_a_time" or rules.get("rescore_every") is not None:
+    if rules.get("rescore_every") is not None:
         raise ValueError(
-            f"{method} chooses its filters at once, so it takes neither scope='one_at_a_time' nor "
-            "rescore_every; use scope='global', or prune"
+            f"{method} chooses its filters at once, so it does not take rescore_every; leave it out"
+        )
+
+
+def weights_alone(rules: Rules) -> None:
+    """Refuses criteria of gradients in methods that score amid the training, without data.
+
+    The `.grad` of that moment is of one batch and in train mode, where sum w g behind a BatchNorm
+    is 0 but for rounding.
+
+    Raises:
+        ValueError: the criterion reads more than weights.
+    """
+    if rules.row.needs_grad:
+        raise ValueError(
+            f"criterion {rules.row.name!r} needs gradients over data, which this method does not "
+            "take; use 'bn_scale', 'l1' or 'l2', or the method OrthoReg"
         )

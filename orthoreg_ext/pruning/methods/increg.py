@@ -160,7 +160,7 @@ class IncReg(Method):
     def _lay_out(self) -> None:
         """Lays lambda and the mask of those still there out along the weights."""
         acts = ~self._gone & (self._left() > 0)[self._group]
-        decay = torch.zeros(self.holders.size, dtype=torch.float64, device=self._units.device)
+        decay = self._lambda.new_zeros(self.holders.size)
         live = torch.ones_like(decay)
         decay[self._units] = torch.where(acts, self._lambda, 0.0)
         live[self._units] = (~self._gone).double()
