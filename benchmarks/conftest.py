@@ -21,7 +21,7 @@ from benchmarks.engine import Case, implementation, prepare, timed
 from benchmarks.recording import Recorder
 from orthoreg_ext.machine import describe
 
-ORDER = ("penalty", "scores", "scaling", "memory", "training_step")  # the longest last
+ORDER = ("penalty", "scores", "scaling", "memory", "training_step", "methods")  # the longest last
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,6 +18,7 @@ import orthoreg_ext as ox
 from benchmarks import grouped
 from benchmarks.baselines import OURS, PRUNED, REGULARISE, Way
 from benchmarks.ceilings import Ceiling, read, sgemm
+from benchmarks.methods import METHODS
 from benchmarks.models import (
     flops_needed,
     groups_of,
@@ -109,6 +110,7 @@ WORK = {
     ),
     "groups": Work(lambda model: IMPORTANCE, network),
     "step": Work(lambda model: STEP, training),
+    "method": Work(lambda model: METHODS, training),
 }
 
 
@@ -232,7 +234,7 @@ def prepare(case: Case, device: str) -> Prepared:
 def _about(
     case: Case, where: str, work: Work, *, emulated: bool
 ) -> tuple[dict[str, Any], float | None, Ceiling | None, bool]:
-    if case.work in ("groups", "step"):
+    if case.work in ("groups", "step", "method"):
         return {"layers": None, "flops_needed": None, "bytes": None}, None, None, False
     shapes = shapes_of(case.model)
     flops = flops_needed(shapes, groups_of(case.model, shapes) if case.work == "grouped" else ())

@@ -13,6 +13,7 @@ QUESTIONS = {
     "scores": "What do five scores of every filter cost? (x: times the package's own time)",
     "importance": "And the importance of coupled groups? (x: times the package's own time)",
     "step": "What part of a training step is the regulariser? (% of the step without it)",
+    "methods": "What does a pruning method add to a training step? (% of the step without it)",
     "memory": "How much memory does a step take beside weights and gradients? (MB)",
     "scaling": "How does the cost grow with n, with k and with the number of layers?",
 }
@@ -139,7 +140,7 @@ def _timed(records: list[Record], question: str) -> list[list[str]]:
 
 
 def _ratio(row: Mapping[str, Any], question: str) -> str:
-    if question != "step":
+    if question not in ("step", "methods"):
         return spread(row["ratio"])
     added = 0.0 if row["computes"] == "term" else 1.0  # a step with the term, or the term alone
     values = {key: 100 * (row["ratio"][key] - added) for key in ("median", "low", "high")}

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import (
     bench_memory,
+    bench_methods,
     bench_penalty,
     bench_scaling,
     bench_scores,
@@ -32,7 +33,14 @@ from orthoreg_ext.machine import describe, processor, slug_of
 from tests.test_cli import make
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = (bench_penalty, bench_scores, bench_training_step, bench_memory, bench_scaling)
+FILES = (
+    bench_penalty,
+    bench_scores,
+    bench_training_step,
+    bench_methods,
+    bench_memory,
+    bench_scaling,
+)
 
 
 def spread(median: float) -> dict[str, float]:
@@ -85,6 +93,12 @@ def results() -> dict[str, Any]:
                 "eager-alone": row(45, 0.05, **alone),
             },
             **step,
+        ),
+        case(
+            "resnet56",
+            "methods",
+            {"plain": row(900, share=None), "orthoreg_ext-tpp": row(9, 0.01, **alone)},
+            **(step | {"work": "method"}),
         ),
         case("n=64", "scaling", {"orthoreg_ext": row(0.1), "eager": row(0.9, 9)}),
         case("n=256", "scaling", {"orthoreg_ext": row(1.0), "eager": row(9, 9)}),

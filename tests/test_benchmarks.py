@@ -18,6 +18,7 @@ import orthoreg_ext.functional as functional
 from benchmarks import compare, engine, grouped, memory
 from benchmarks.baselines import OURS, REGULARISE
 from benchmarks.ceilings import Ceiling
+from benchmarks.methods import METHODS
 from benchmarks.models import (
     MODELS,
     NINE,
@@ -29,7 +30,7 @@ from benchmarks.models import (
     tiny,
 )
 from benchmarks.scoring import IMPORTANCE, SCORE
-from benchmarks.steps import STEP
+from benchmarks.steps import STEP, training
 from benchmarks.tables import case_table
 from orthoreg_ext.build_info import compiled, reason
 from orthoreg_ext.timing import Timing
@@ -205,6 +206,20 @@ def test_a_training_step_is_compared_with_one_without_a_term() -> None:
     result = engine.run_case(case, "cpu", 0.0)
     assert (result["failed"], result["left_out"]) == ([], {})
     assert {n for n, row in result["rows"].items() if row["ratio"]} == set(STEP) - {"plain"}
+
+
+@pytest.mark.parametrize("name", ["tpp", "greg1"])
+def test_a_method_and_the_loop_beside_it_add_the_same(name: str) -> None:
+    added = []
+    for way in (f"orthoreg_ext-{name}", f"eager-{name}"):
+        subject = training("tiny", "cpu")
+        call = METHODS[way].prepare(subject)
+        for parameter in subject.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        call()
+        added.append([p.grad for p in subject.model.parameters()])
+    assert sum(float(g.abs().sum()) for g in added[0] if g is not None) > 0
+    torch.testing.assert_close(added[0], added[1], rtol=1e-4, atol=1e-7)
 
 
 def test_importances_are_timed_on_a_network() -> None:

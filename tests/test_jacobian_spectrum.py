@@ -106,6 +106,27 @@ def test_outputs_of_a_constant_sum_have_no_condition_number() -> None:
     assert (got.condition, got.deficient) == (math.inf, 3)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_no_full_rank_is_seen_in_double_precision_too(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    with torch.no_grad():
+        model[2].weight[4] = -model[2].weight[:4].sum(0)
+    got = spectrum(model, torch.randn(8, 12, dtype=torch.float64))
+    assert (got.condition, got.deficient) == (math.inf, 8)
+    assert (got.values[:, -1] < 1e-14 * got.values[:, 0]).all()
+
+
+def test_a_large_condition_number_is_right() -> None:
+    model = nn.Linear(3, 3, bias=False).double()
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0] for _ in range(2))
+    model.weight.data = u @ torch.diag(torch.tensor([1e-11, 1.0, 2.0], dtype=torch.float64)) @ v
+    got = spectrum(model, torch.randn(2, 3, dtype=torch.float64))
+    assert got.deficient == 0
+    assert np.allclose(got.conditions, 2e11, rtol=1e-4)
+
+
 def test_a_network_that_ignores_its_input() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():

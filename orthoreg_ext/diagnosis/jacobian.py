@@ -16,6 +16,7 @@ from ..pruning.inputs import call, device_of, tensors_in, to_device
 from .samples import Batch
 
 MAX_OUTPUTS = 1024
+_BLUR = 1e-5  # below this share of the largest, squares in float64 have lost half of their digits
 _BUDGET = 1 << 25  # entries of the Jacobians that are held at once, 256 MiB
 
 
@@ -97,12 +98,15 @@ def jacobian_spectrum(model: nn.Module, batches: list[Batch], *, apart: bool) ->
             m = min(jacobian.shape[1:])
             grams = F.gram([jacobian.flatten(0, 1)], "small", groups=[part.size])[0]
             square = torch.linalg.eigvalsh(grams.view(part.size, m, m)).flip(1)
-            spectra.append(square.clamp(min=0).sqrt())
+            found = square.clamp(min=0).sqrt()
+            blurred = found[:, -1] < _BLUR * found[:, 0]
+            found[blurred] = torch.linalg.svdvals(jacobian[blurred])
+            spectra.append(found)
             start += part.size
             size = max(1, _BUDGET // jacobian[0].numel()) if apart else 1
     values = torch.cat(spectra).cpu().numpy()
     top, bottom = values[:, 0], values[:, -1]
-    full = bottom > top * torch.finfo(precision).eps
+    full = bottom > top * values.shape[1] * torch.finfo(precision).eps
     conditions = np.full(len(values), np.inf)
     conditions[full] = top[full] / bottom[full]
     return Spectrum(values, conditions)

@@ -128,6 +128,22 @@ class Contributions:
         return measure
 
 
+def check_read(structure: Structure) -> None:
+    """Refuses a structure with units that no layer reads, so that they contribute nothing.
+
+    Raises:
+        ValueError: naming the layer that makes them.
+    """
+    read = [slot.units for slot in structure.slots if slot.kind == "filters" and slot.side != "out"]
+    known = torch.cat(read) if read else torch.empty(0, dtype=torch.int64)
+    for group in structure.prunable:
+        if not torch.isin(group.units, known).all():
+            raise ValueError(
+                f"no convolution or linear layer reads all channels of layer {group.name!r}, so "
+                "group Fisher has no score for them; list it in ignored, or use another criterion"
+            )
+
+
 def group_fisher(
     model: nn.Module,
     structure: Structure,

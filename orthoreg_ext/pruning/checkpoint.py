@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import OrderedDict
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -176,7 +177,7 @@ def _cut(
         _check_state(model, structure, removed, state)
     if not len(removed):
         return
-    refuse_reparametrized(model, structure)
+    refuse_reparametrized(model, structure, removed)
     done = commit(removal_edits(model, structure, removed))
     try:
         outputs_of(model, example_inputs)
@@ -220,7 +221,10 @@ def _load(model: nn.Module, state: dict[str, Tensor], channels_last: set[str]) -
             wanted = _last(tensor.dim()) if name in channels_last else torch.contiguous_format
             data = torch.empty_like(tensor, device=named[name].device, memory_format=wanted)
             named[name].data = data.copy_(tensor)
-    model.load_state_dict(state)
+    loaded = OrderedDict(state)
+    # the versions of the modules' formats: MNASNet refuses a state without its own
+    loaded._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(loaded)
 
 
 def _last(dims: int) -> torch.memory_format:

@@ -120,18 +120,26 @@ def require_prunable(structure: Structure) -> None:
     if structure.prunable:
         return
     reasons = [f"{', '.join(group.layers)}: {group.reason}" for group in structure.groups]
-    reasons += [f"{name}: not reached by the forward pass" for name in structure.unreached]
+    reasons += [f"{name}: {reason}" for name, reason in structure.unreached.items()]
     listing = "; ".join(reasons) or "it has no convolution or linear layer"
     raise ValueError(f"no layer of this model can be pruned. {listing}")
 
 
-def refuse_reparametrized(model: nn.Module, structure: Structure) -> None:
+def refuse_reparametrized(
+    model: nn.Module, structure: Structure, units: torch.Tensor | None = None
+) -> None:
     """Refuses to prune layers whose weights are computed from others.
+
+    Args:
+        model: the traced model.
+        structure: its units.
+        units: those that are to go, [r] int64; all that could by default.
 
     Raises:
         ValueError: naming the layer and the function that makes its weights plain again.
     """
-    units = torch.cat([group.units for group in structure.prunable])
+    if units is None:
+        units = torch.cat([group.units for group in structure.prunable])
     for slot in structure.slots:
         if not torch.isin(slot.units, units).any():
             continue

@@ -15,15 +15,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .inputs import call, device_of, tensors_in, to_device, undisturbed
+from .inputs import FAILURES, call, device_of, tensors_in, to_device, training_branches, undisturbed
+from .norms import without_channels
 from .removal import Edit, commit, masked_state, removal_edits, undo
 from .units import Structure
 
 # Largest difference allowed, relative to the largest output: rounding in another summation order,
 # accumulated over a network.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
-# Layers whose statistics run over channels: a zero channel is not a missing one.
-_ACROSS_CHANNELS = ("LayerNorm", "GroupNorm", "RMSNorm")
 _FAILS = "its forward pass fails"
 _T = TypeVar("_T")
 
@@ -71,7 +70,11 @@ def _readable(read: Callable[[], _T]) -> _T | None:
 
 
 def outputs_of(
-    model: nn.Module, inputs: Any, state: dict[str, Tensor] | None = None, seed: int | None = None
+    model: nn.Module,
+    inputs: Any,
+    state: dict[str, Tensor] | None = None,
+    seed: int | None = None,
+    branches: bool = False,
 ) -> list[Tensor]:
     """The floating-point outputs in eval mode, with some parameters replaced; changes nothing.
 
@@ -80,19 +83,26 @@ def outputs_of(
         inputs: its example inputs.
         state: qualified parameter name -> tensor to use in its place.
         seed: of the random numbers drawn in it; None goes on from the state as it is.
+        branches: followed by the outputs with the branches that are taken while training.
     """
+
+    def run() -> Any:
+        if not state:
+            return call(model, inputs)
+        if isinstance(inputs, dict):
+            return torch.func.functional_call(model, state, (), inputs)
+        return torch.func.functional_call(model, state, inputs)
+
     inputs = to_device(inputs, device_of(model))
     with undisturbed(model), torch.no_grad(), full_precision():
         if seed is not None:
             random.seed(seed)
             torch.manual_seed(seed)
-        if not state:
-            result = call(model, inputs)
-        elif isinstance(inputs, dict):
-            result = torch.func.functional_call(model, state, (), inputs)
-        else:
-            result = torch.func.functional_call(model, state, inputs)
-        return [t.clone() for t in tensors_in(result) if t.is_floating_point()]
+        found = [t.clone() for t in tensors_in(run()) if t.is_floating_point()]
+        if branches:
+            with training_branches(model):
+                found += [t.clone() for t in tensors_in(run()) if t.is_floating_point()]
+        return found
 
 
 def difference(expected: list[Tensor], actual: list[Tensor]) -> str | None:
@@ -139,7 +149,7 @@ def checked_commit(
     problem = _problem(model, structure, removed, edits, inputs)
     if problem is None:
         return
-    if not problem.startswith(_FAILS) and (own := _randomness(model, inputs)):
+    if not problem.startswith(_FAILS) and (own := _randomness(model, structure, inputs)):
         raise RuntimeError(
             f"the removal cannot be verified ({problem}): the model's forward is random in eval "
             f"mode, two runs of the unpruned model differ ({own}). The model was restored. Make "
@@ -163,9 +173,12 @@ def checked_commit(
     )
 
 
-def _randomness(model: nn.Module, inputs: Any) -> str | None:
+def _randomness(model: nn.Module, structure: Structure, inputs: Any) -> str | None:
     """How two runs of a model with other random numbers differ, or None."""
-    return difference(outputs_of(model, inputs, seed=0), outputs_of(model, inputs, seed=1))
+    first, second = (
+        outputs_of(model, inputs, seed=seed, branches=structure.branches) for seed in (0, 1)
+    )
+    return difference(first, second)
 
 
 def _problem(
@@ -177,19 +190,17 @@ def _problem(
     revert: bool = False,
 ) -> str | None:
     """Applies edits and compares; undoes them on a problem, or if told to."""
-    exact = not any(
-        slot.kind in _ACROSS_CHANNELS and torch.isin(slot.units, removed).any()
-        for slot in structure.slots
-    )
-    expected = outputs_of(model, inputs, masked_state(model, structure, removed) if exact else None)
+    masked = masked_state(model, structure, removed)
+    with without_channels(model, structure, removed) as faithful:
+        expected = outputs_of(model, inputs, masked, branches=structure.branches)
     done = commit(edits)
     try:
-        actual = outputs_of(model, inputs)
-        if not exact:  # the shapes alone
+        actual = outputs_of(model, inputs, branches=structure.branches)
+        if not faithful():  # the shapes alone
             expected = [torch.zeros_like(t) for t in expected]
             actual = [torch.zeros_like(t) for t in actual]
         problem = difference(expected, actual)
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+    except FAILURES as error:
         problem = f"{_FAILS}: {error}"
     except BaseException:
         undo(done)

@@ -147,7 +147,7 @@ class Holders:
 
     def values(self, units: Tensor, value: float = 1.0, rest: float = 0.0) -> Tensor:  # [size]
         """The vector that is `value` for these units, [r] int64, and `rest` for all others."""
-        vector = torch.full((self.size,), rest, dtype=torch.float32)
+        vector = torch.full((self.size,), rest, dtype=torch.float64)
         vector[units] = value
         return vector.to(self.device)
 

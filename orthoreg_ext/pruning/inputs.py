@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 # What a forward raises on inputs it was not made for
-_FAILURES = (
+FAILURES = (
     RuntimeError,
     ValueError,
     TypeError,
@@ -41,7 +43,7 @@ def call_examples(model: nn.Module, inputs: Any) -> Any:
         return call(model, inputs)
     except torch.cuda.OutOfMemoryError:
         raise  # no fault of the inputs
-    except _FAILURES as error:
+    except FAILURES as error:
         raise ValueError(
             f"example_inputs: the model's forward failed on them: {type(error).__name__}: {error}. "
             "Pass a tensor, a tuple of arguments or a dict of keyword arguments that it accepts"
@@ -112,3 +114,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     # an eval-mode forward rarely writes; equal contents keep their version counter
                     if not torch.equal(buffer, saved):
                         buffer.copy_(saved)
+
+
+@contextmanager
+def training_branches(model: nn.Module) -> Iterator[None]:
+    """Lets a model in eval mode take the branches it takes while training, such as auxiliary heads.
+
+    Modules made of others are set to training mode; layers stay as they are, so that BatchNorms use
+    their statistics and dropout does nothing.
+    """
+    layers = (_BatchNorm, _DropoutNd, nn.MultiheadAttention)
+    made = [m for m in model.modules() if any(m.children()) and not isinstance(m, layers)]
+    before = [module.training for module in made]
+    try:
+        for module in made:
+            module.training = True
+        yield
+    finally:
+        for module, flag in zip(made, before, strict=True):
+            module.training = flag

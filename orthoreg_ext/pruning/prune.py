@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from . import checks
 from .calibration import Loss, check_data
-from .engine import Engine, Rules
+from .engine import Engine
 from .result import PrunePlan, PruneResult, RoundError
+from .rules import Rules
 from .schedule import check_ratio, check_rounds, removed_share
 from .scores import Criterion
 
@@ -95,7 +96,7 @@ def prune(
         ema: a copy of the model (or its AveragedModel) that is cut alike.
         verify: check, for every round, that the pruned model computes what the unpruned one does
             with the removed channels at zero (two forward passes on the example inputs; only shapes
-            where LayerNorm or GroupNorm normalise over removed channels).
+            where a LayerNorm, GroupNorm or RMSNorm computes its statistics by hand).
         target: what the ratio is a share of. "filters": the prunable filters, without those of the
             output layer, of ignored and of frozen groups; as many go as come closest. Of the whole
             model, as :func:`count` defines them: "params", "macs", "memory"; of the time of one

@@ -149,7 +149,7 @@ def layer_widths(
     model: nn.Module, structure: Structure, before: dict[str, int]
 ) -> list[LayerWidth]:
     """The width of every filter layer before and after."""
-    reasons = dict.fromkeys(structure.unreached, "not reached by the forward pass")
+    reasons = dict(structure.unreached)
     for group in structure.groups:
         reasons.update((name, group.reason) for name in group.layers if group.reason)
     return [

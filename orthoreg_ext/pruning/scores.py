@@ -15,7 +15,7 @@ from ..errors import choose
 from ..reference import filter_entries
 from . import redundancy
 from . import variety_rules as rules
-from .activations import FREED, group_fisher
+from .activations import FREED, check_read, group_fisher
 from .calibration import divergences, hessian_gradients
 from .evidence import Evidence, Scored, parameters_of
 
@@ -146,16 +146,8 @@ def _divergence(evidence: Evidence, scored: list[Scored]) -> dict[str, Tensor]:
 
 
 def _joint(evidence: Evidence, freed: str) -> list[Tensor]:  # each [u] float64
-    readers = [s for s in evidence.structure.slots if s.kind == "filters" and s.side != "out"]
-    read = torch.cat([slot.units for slot in readers] or [torch.empty(0, dtype=torch.int64)])
     groups = evidence.structure.prunable
-    for group in groups:
-        if not torch.isin(group.units, read).all():
-            raise ValueError(
-                f"criterion {evidence.name!r} reads the inputs of layers, but no convolution or "
-                f"linear layer reads all channels of {group.name!r}; use another criterion, or "
-                "list the layer in ignored"
-            )
+    check_read(evidence.structure)
     scores = group_fisher(
         evidence.model, evidence.structure, evidence.batches(), evidence.loss, freed
     )

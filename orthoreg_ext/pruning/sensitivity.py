@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from . import checks
 from .calibration import Loss, check_data
-from .engine import Engine, Rules
+from .engine import Engine
 from .inputs import call, device_of, tensors_in, to_device, undisturbed
+from .rules import Rules
 from .schedule import check_ratio
 from .scores import Criterion
 from .selection import select

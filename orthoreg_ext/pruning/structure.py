@@ -12,19 +12,18 @@ the optimizer. The graph is traced once, on the unpruned model, and no state of 
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..layers import layer_kind
-from .inputs import call_examples, device_of, tensors_in, to_device, undisturbed
+from .fixed import keep_fixed
+from .graph import RULE_FAILS, Graph, build, operation
+from .inputs import device_of, to_device, undisturbed
 from .layout import (
     Layout,
     Place,
@@ -34,12 +33,15 @@ from .layout import (
 )
 from .units import NEVER, Group, Slot, Structure
 
+_ATTENTION = "inside a MultiheadAttention, which cannot be cut"
+
 
 def trace(model: nn.Module, example_inputs: Any, ignored: Collection[str] = ()) -> Structure:
     """Finds the units of a model.
 
-    The model runs once on the example inputs in eval mode; training flags, `requires_grad`,
-    gradients, buffers and the random state are as before afterwards.
+    The model runs on the example inputs in eval mode, and where that leaves layers out (auxiliary
+    heads) once more through its training branches; training flags, `requires_grad`, gradients,
+    buffers and the random state are as before afterwards.
 
     Args:
         model: the model, on any device.
@@ -52,100 +54,18 @@ def trace(model: nn.Module, example_inputs: Any, ignored: Collection[str] = ()) 
         ValueError: the model fails on the example inputs, or its output has no tensor that depends
             on the parameters.
     """
-    tp = _torch_pruning()
     with undisturbed(model):
-        graph, outputs, concats = _build(tp, model, to_device(example_inputs, device_of(model)))
-        _place_concats(tp, graph, concats)
-        return _Walk(tp, graph, model).structure(outputs, set(ignored))
-
-
-def _torch_pruning() -> ModuleType:
-    try:
-        return importlib.import_module("torch_pruning")
-    except ImportError as error:
-        raise ImportError(
-            "pruning needs Torch-Pruning for its dependency graph: "
-            "pip install orthoreg_ext[pruning]  (torch-pruning>=1.6,<2)"
-        ) from error
-
-
-class _ConcatSizes(TorchFunctionMode):
-    """Notes the sizes of concatenated tensors: Torch-Pruning guesses, and misses raw inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[Any, list[tuple[int, bool]]] = {}  # grad_fn -> (channels, has a grad_fn)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.cat, torch.concat, torch.concatenate) and result.grad_fn is not None:
-            tensors = args[0] if args else (kwargs or {}).get("tensors", ())
-            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
-            if isinstance(dim, int) and result.dim() != 3 and dim % result.dim() == 1:
-                self.found[result.grad_fn] = [(t.shape[1], t.grad_fn is not None) for t in tensors]
-        return result
-
-
-def _build(tp: Any, model: nn.Module, inputs: Any) -> tuple[Any, list[Tensor], dict[Any, Any]]:
-    outputs: list[Tensor] = []
-    sizes = _ConcatSizes()
-
-    def forward(module: nn.Module, example: Any) -> list[Tensor]:
-        with sizes:
-            result = call_examples(module, example)
-        outputs.extend(t for t in tensors_in(result) if t.grad_fn is not None)
-        if not outputs:
-            raise ValueError(
-                "the model's output has no tensor that depends on its parameters through autograd, "
-                "so its layers cannot be followed; return the tensors, and no detached ones"
-            )
-        return outputs
-
-    graph = tp.DependencyGraph()
-    try:
-        graph.build_dependency(model, inputs, forward_fn=forward, verbose=False)
-    except (ArithmeticError, LookupError, AttributeError, TypeError) as error:
-        if not outputs:  # the model itself failed on its example inputs
-            raise
-        raise RuntimeError(
-            f"Torch-Pruning could not follow the operations of this model "
-            f"({type(error).__name__}: {error}); nothing was changed. Views that shuffle or split "
-            "channels are the usual cause"
-        ) from error
-    return graph, outputs, sizes.found
-
-
-def _place_concats(tp: Any, graph: Any, sizes: dict[Any, list[tuple[int, bool]]]) -> None:
-    """Gives the edges of every channel concatenation its true offsets."""
-    mapping = tp.dependency.index_mapping._ConcatIndexMapping
-    for node in list(graph.module2node.values()):
-        parts = sizes.get(node.grad_fn)
-        if node.type != tp.ops.OPTYPE.CONCAT or parts is None:
-            continue
-        offsets, start = [], 0
-        for channels, traced in parts:
-            if traced:
-                offsets.append([start, start + channels])
-            start += channels
-        if len(offsets) != len(node.inputs):
-            continue
-        used: set[int] = set()
-        for offset, source in zip(offsets, node.inputs, strict=True):
-            for edges, target, reverse in (
-                (node.dependencies, source, True),
-                (source.dependencies, node, False),
-            ):
-                edge = next((e for e in edges if e.target is target and id(e) not in used), None)
-                if edge is not None:
-                    edge.index_mapping[1] = mapping(offset=offset, reverse=reverse)
-                    used.add(id(edge))
+        graph = build(model, to_device(example_inputs, device_of(model)))
+        structure = _Walk(graph, model).structure(set(ignored))
+    keep_fixed(model, structure, example_inputs)
+    return structure
 
 
 class _Walk:
     """Spreads unit labels from the filters of every layer along the edges of the graph."""
 
-    def __init__(self, tp: Any, graph: Any, model: nn.Module) -> None:
-        self.tp, self.graph, self.model = tp, graph, model
+    def __init__(self, found: Graph, model: nn.Module) -> None:
+        self.tp, self.graph, self.found, self.model = found.tp, found.dependencies, found, model
         self.names = {module: name for name, module in model.named_modules()}
         self.parent: list[int] = []  # union-find over labels
         self.seeds: list[tuple[str, int]] = []  # label -> (layer, channel) it started from
@@ -162,26 +82,43 @@ class _Walk:
         a, b = self.find(a), self.find(b)
         self.parent[max(a, b)] = min(a, b)
 
-    def structure(self, outputs: list[Tensor], ignored: set[str]) -> Structure:
+    def structure(self, ignored: set[str]) -> Structure:
         """Runs the walk; the steps in order."""
-        for module, node in list(self.graph.module2node.items()):
-            if isinstance(module, nn.Module) and layer_kind(module):
-                self._spread(node, module)
+        layers = {
+            module: node
+            for module, node in self.graph.module2node.items()
+            if isinstance(module, nn.Module) and layer_kind(module)
+        }
+        sides = [layout(module, side) for module in layers for side in ("in", "out")]
+        # An operation that is misread (windows, recurrent cells) can multiply or shift the indices
+        # without end; no tensor between two layers has more channels than the widest of them.
+        widest = max([side.channels for side in sides if side] + [0])
+        for module, node in layers.items():
+            self._spread(node, module, widest)
+        self._tie_pieces()
         slots = self._slots()
         self._tie_channels(slots)
         self._tie_parameters(slots)
-        self._keep_outputs(outputs)
+        self._keep_outputs()
         self._keep_unsupported()
         groups = self._groups(slots, ignored)
-        reached = {slot.layer for slot in slots}
-        unreached = [
-            name
-            for name, module in self.model.named_modules()
-            if layer_kind(module) and name not in reached
-        ]
-        return Structure(slots, groups, unreached)
+        return Structure(slots, groups, self._unreached(slots), self.found.branches)
 
-    def _spread(self, start: Any, module: nn.Module) -> None:
+    def _unreached(self, slots: list[Slot]) -> dict[str, str]:
+        """The layers with filters that are in no slot, and why."""
+        reached = {slot.layer for slot in slots}
+        reason = "not reached by the forward pass"
+        if self.found.branch_error:
+            reason += f", which fails in training mode ({self.found.branch_error})"
+        found = {}
+        for name, module in self.model.named_modules():
+            if layer_kind(module) and name not in reached:
+                parent = self.model.get_submodule(name.rpartition(".")[0])
+                attention = isinstance(parent, nn.MultiheadAttention)
+                found[name] = _ATTENTION if attention else reason
+        return found
+
+    def _spread(self, start: Any, module: nn.Module, widest: int) -> None:
         index_type = self.tp._helpers._HybridIndex
         handler = self.graph.get_pruner_of_module(module).prune_out_channels
         seen, fresh = self.labels[start, handler], []
@@ -199,9 +136,11 @@ class _Walk:
             for edge in node.dependencies:
                 if not pairs or not edge.is_triggered_by(handler):
                     continue
-                mapped = pairs
-                for mapping in edge.index_mapping:
-                    mapped = mapped if mapping is None else mapping(mapped)
+                mapped = self._mapped(edge, pairs, widest)
+                if mapped is None:
+                    place = f"{operation(edge.target)!r} behind {self.names[module]!r}"
+                    self._keep(pairs, f"the operation {place} cannot be followed")
+                    continue
                 known, new = self.labels[edge.target, edge.handler], []
                 for index in mapped:
                     if index.root_idx is None:  # grouped-query attention: the origin is lost
@@ -212,6 +151,31 @@ class _Walk:
                         known[index.idx] = index.root_idx
                         new.append(index)
                 stack.append((edge.target, edge.handler, new))
+
+    def _mapped(self, edge: Any, pairs: Any, widest: int) -> Any | None:
+        """The indices at the other end of an edge; None where they cannot be known."""
+        if edge.target in self.found.lost or edge.source in self.found.lost:
+            return None
+        for mapping in edge.index_mapping:
+            if mapping is not None:
+                spread = 1 if getattr(mapping, "reverse", True) else getattr(mapping, "_stride", 1)
+                if len(pairs) * spread > widest:
+                    return None
+                try:
+                    pairs = mapping(pairs)
+                except RULE_FAILS:  # fewer pieces of a split than there are, a stride of zero
+                    return None
+                if any(not 0 <= pair.idx < widest for pair in pairs):
+                    return None
+        return pairs
+
+    def _tie_pieces(self) -> None:
+        """Couples the channels at the same position of equal pieces, which must stay equal."""
+        for (node, _), labels in self.labels.items():
+            if (period := self.found.periods.get(node)) is not None:
+                for channel, label in labels.items():
+                    if (first := labels.get(channel % period)) is not None:
+                        self.join(first, label)
 
     def _keep(self, pairs: Any, reason: str) -> None:
         for pair in pairs:
@@ -241,7 +205,8 @@ class _Walk:
         if isinstance(module, nn.Parameter):
             name = self.graph._param_to_name[module]
             owner, _, attribute = name.rpartition(".")
-            rms = isinstance(self.model.get_submodule(owner), nn.RMSNorm) and module.dim() == 1
+            shape = getattr(self.model.get_submodule(owner), "normalized_shape", None)
+            rms = shape == tuple(module.shape)  # nn.RMSNorm, or one that is built like it
             kind, sizes = ("RMSNorm", ("normalized_shape",)) if rms else ("Parameter", ())
             place = Place(attribute, node.pruning_dim)
             return name, owner, "both", kind, Layout(module.shape[place.dim], (place,), sizes)
@@ -252,7 +217,7 @@ class _Walk:
         if pruner.prune_out_channels == pruner.prune_in_channels:
             side = "both"
         where = layout(module, side)
-        kind = "filters" if layer_kind(module) else type(module).__name__
+        kind = "filters" if layer_kind(module) else _base(module)
         name = self.names[module]
         return None if where is None else (name, name, side, kind, where)
 
@@ -307,8 +272,8 @@ class _Walk:
                     (label, reason) for label in first.units.tolist() if label != NEVER
                 )
 
-    def _keep_outputs(self, outputs: list[Tensor]) -> None:
-        last = {tensor.grad_fn for tensor in outputs}
+    def _keep_outputs(self) -> None:
+        last = {tensor.grad_fn for tensor in self.found.outputs}
         for (node, handler), labels in self.labels.items():
             out = self.graph.get_pruner_of_module(node.module).prune_out_channels
             if handler == out and (
@@ -342,10 +307,11 @@ class _Walk:
         for slot in slots:
             units = [u if u == NEVER else self.find(u) for u in slot.units.tolist()]
             slot.units = torch.tensor(units, dtype=torch.int64)
-            if slot.layer in ignored and slot.side != "in":
+            stays = self._ignored(slot, ignored)
+            if stays is not None:
                 for unit in units:
                     if unit != NEVER:
-                        reasons.setdefault(unit, f"{slot.layer!r} is ignored")
+                        reasons.setdefault(unit, stays)
         # 2. layers that share a unit are one group
         family: dict[str, str] = {}
         root_of: dict[int, str] = {}
@@ -364,16 +330,57 @@ class _Walk:
         for unit, layer in root_of.items():
             members[head(layer)].append(unit)
         # 3. what is known of each
-        groups = []
-        for units in members.values():
-            ids = torch.tensor(units, dtype=torch.int64)
-            layers, takes = [], [0]
-            for slot in slots:
-                held = slot.units[torch.isin(slot.units, ids)]
-                if len(held):
-                    takes += held.unique(return_counts=True)[1].tolist()
-                    if slot.has_filters:
-                        layers.append(slot.layer)
-            stay = next((reasons[unit] for unit in units if unit in reasons), None)
-            groups.append(Group(layers[0], tuple(layers), ids, len(units), math.gcd(*takes), stay))
-        return groups
+        group_of = {unit: i for i, units in enumerate(members.values()) for unit in units}
+        layers: list[list[str]] = [[] for _ in members]
+        takes: list[set[int]] = [{0} for _ in members]
+        for slot in slots:
+            touched = set()
+            for unit, times in Counter(slot.units.tolist()).items():
+                if unit in group_of:
+                    takes[group_of[unit]].add(times)
+                    touched.add(group_of[unit])
+            if slot.has_filters:
+                for i in touched:
+                    layers[i].append(slot.layer)
+        suspects = self._suspects()
+        return [
+            Group(
+                names[0],
+                tuple(names),
+                torch.tensor(units, dtype=torch.int64),
+                len(units),
+                math.gcd(*times),
+                next((reasons[unit] for unit in units if unit in reasons), None),
+                not suspects.isdisjoint(units),
+            )
+            for units, names, times in zip(members.values(), layers, takes, strict=True)
+        ]
+
+    def _ignored(self, slot: Slot, ignored: set[str]) -> str | None:
+        """Why the channels of a slot stay, if its layer is to be left alone."""
+        layer = slot.layer.partition(".parametrizations.")[0]
+        if layer not in ignored:
+            return None
+        if slot.side != "in":
+            return f"{layer!r} is ignored"
+        module = self.model.get_submodule(slot.owner)
+        computed = any(place.tensor not in module._parameters for place in slot.layout.places)
+        return f"{layer!r} is ignored, and its inputs cannot be cut" if computed else None
+
+    def _suspects(self) -> set[int]:
+        """The units that meet an operation which may fix the number of its channels."""
+        types = self.tp.ops.OPTYPE
+        fixing = {types.RESHAPE, types.SPLIT, types.UNBIND, types.SLICE, types.EXPAND}
+        fixing.add(types.PARAMETER)
+        return {
+            self.find(label)
+            for (node, _), labels in self.labels.items()
+            if node.type in fixing or operation(node) in ("copyslices", "select", "index")
+            for label in labels.values()
+        }
+
+
+def _base(module: nn.Module) -> str:
+    """The PyTorch class that a module is, or is derived from: "LayerNorm" of a LayerNorm2d."""
+    kinds = (k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules"))
+    return next(kinds, type(module)).__name__

@@ -40,6 +40,7 @@ class Group:
     original: int  # u before anything was removed
     channels: int  # channels that a unit takes from a layer (gcd over the layers)
     reason: str | None = None  # why it is not pruned
+    suspect: bool = False  # it meets an operation that may fix the number of its channels
 
 
 @dataclass
@@ -48,7 +49,8 @@ class Structure:
 
     slots: list[Slot]
     groups: list[Group]
-    unreached: list[str]  # filter layers that the forward pass did not use
+    unreached: dict[str, str]  # filter layers that the forward pass did not call, and why
+    branches: bool = False  # some layers run only while training, and were traced too
 
     @property
     def prunable(self) -> list[Group]:

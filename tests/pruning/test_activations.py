@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as f
 
 from orthoreg_ext.pruning import CRITERIA, prune
-from orthoreg_ext.pruning.activations import Contributions, group_fisher
+from orthoreg_ext.pruning.activations import Contributions, check_read, group_fisher
 from orthoreg_ext.pruning.evidence import Evidence
 from orthoreg_ext.pruning.inputs import call
 from orthoreg_ext.pruning.structure import trace
 
 from .nets import VGG, Grouped, ResNet, Separable, batches, randomised
+from .test_criteria_transcriptions import structure_of
 
 # group: the layers that read it with the unit of each of their channels, numbers written for a
 # unit, multiply-accumulates that leave with it, for an image of 8 x 8
@@ -142,6 +143,16 @@ def test_samples_that_cannot_be_told_apart_are_refused(x: Tensor) -> None:
     model = Folded()
     with pytest.raises(ValueError, match=r"reads \d+ rows where other layers read \d+"):
         prune(model, x, criterion="group_fisher", ratio=0.3, data=batches())
+
+
+def test_channels_that_no_layer_reads_are_refused() -> None:
+    maker, reader = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)), nn.Conv2d(6, 2, 1)
+    check_read(structure_of(nn.Sequential(*maker, reader), 6))
+    with pytest.raises(ValueError, match="reads all channels of layer '0', so group Fisher"):
+        check_read(structure_of(maker, 6))
+    evidence = Evidence("group_fisher", maker, structure_of(maker, 6), [])
+    with pytest.raises(ValueError, match="reads all channels of layer '0', so group Fisher"):
+        CRITERIA["group_fisher"].score(evidence)
 
 
 def test_a_loss_that_reaches_no_layer_is_refused(x: Tensor) -> None:

@@ -333,6 +333,23 @@ def test_another_dtype_is_refused(x: Tensor, tmp_path: Path) -> None:
         replay(fresh(VGG).double(), x.double(), tmp_path)
 
 
+class Versioned(VGG):
+    """Refuses a state without the version it was written in, as torchvision's MNASNet."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        assert metadata.get("version") == 2
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_module_finds_the_version_of_its_state(x: Tensor, tmp_path: Path) -> None:
+    model = Versioned()
+    prune(model, x, criterion="l1", ratio=0.5).save(tmp_path / "out")
+    again = replay(fresh(Versioned), x, tmp_path / "out")
+    assert torch.equal(model.eval()(x), again.eval()(x))
+
+
 class Extra(VGG):
     def get_extra_state(self) -> dict[str, int]:
         return {"step": 3}

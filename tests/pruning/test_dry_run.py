@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from orthoreg_ext.pruning import PrunePlan, count, latency, plan, prune
-from orthoreg_ext.pruning.engine import Engine, Rules
+from orthoreg_ext.pruning.engine import Engine
+from orthoreg_ext.pruning.rules import Rules
 
 from .nets import IMAGE, VGG, ResNet, Shuffled, batches, randomised
 

@@ -250,10 +250,10 @@ def test_an_interrupt_during_removal_restores_everything(
     calls = iter(range(100))
     original = equivalence.outputs_of
 
-    def interrupted(*args: Any) -> list[Tensor]:
+    def interrupted(*args: Any, **kwargs: Any) -> list[Tensor]:
         if next(calls) == 1:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(equivalence, "outputs_of", interrupted)
     before = everything(model, optimizer)

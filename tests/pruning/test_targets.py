@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from orthoreg_ext import timing
 from orthoreg_ext.pruning import Counts, count, latency, prune
-from orthoreg_ext.pruning.engine import Engine, Rules
+from orthoreg_ext.pruning.engine import Engine
 from orthoreg_ext.pruning.ledger import Ledger
+from orthoreg_ext.pruning.rules import Rules
 from orthoreg_ext.pruning.selection import SCOPES
 from orthoreg_ext.pruning.structure import trace
 from orthoreg_ext.pruning.targets import fewest

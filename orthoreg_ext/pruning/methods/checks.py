@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ..rules import Rules
+
 
 def positive(argument: str, value: object, *, zero: bool = False) -> float:
     """A finite number above zero (or of at least zero).
@@ -29,3 +31,19 @@ def steps(argument: str, value: object, *, zero: bool = False) -> int:
             f"{argument} is {value!r}, expected an integer of at least {int(not zero)}"
         )
     return value
+
+
+def weights_alone(rules: Rules) -> None:
+    """Refuses criteria of gradients in methods that score amid the training, without data.
+
+    The `.grad` of that moment is of one batch and in train mode, where sum w g behind a BatchNorm
+    is 0 but for rounding.
+
+    Raises:
+        ValueError: the criterion reads more than weights.
+    """
+    if rules.row.needs_grad:
+        raise ValueError(
+            f"criterion {rules.row.name!r} needs gradients over data, which this method does not "
+            "take; use 'bn_scale', 'l1' or 'l2', or the method OrthoReg"
+        )

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...regularizer import OrthoRegularizer
 from ..result import PruneResult
 from ..schedule import check_ratio
-from .checks import positive, steps
+from .checks import positive, steps, weights_alone
 from .method import Method
 from .regularised import Phased
 
@@ -77,11 +77,7 @@ class EarlyBird(Method):
         self.duration = steps("duration", duration)
         super().__init__(model, example_inputs, **arguments)
         check_ratio(self.ratio)
-        if self.engine.rules.row.needs_grad:
-            raise ValueError(
-                f"criterion {self.engine.rules.row.name!r} needs gradients over data, which this "
-                "method does not take; use 'bn_scale', 'l1' or 'l2', or the method OrthoReg"
-            )
+        weights_alone(self.engine.rules)
         self.engine.score()  # refuses a layer without a BatchNorm now, not after the training
         self.ticket: int | None = None
         self.masks: list[Tensor] = []  # the last ones, each the units to remove, [r] int64

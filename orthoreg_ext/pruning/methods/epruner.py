@@ -17,7 +17,6 @@ from ..engine import Engine
 from ..selection import blocks_of
 from .checks import positive
 from .method import Method
-from .rows import compared_slots
 
 EXEMPLAR = 2.0  # the score of a unit that stays; those of others are in [0, 1]
 
@@ -160,7 +159,7 @@ class EPruner(Method):
 def unit_vectors(engine: Engine) -> dict[int, Tensor]:  # unit -> [k] float64, CPU
     """All filters of each unit, one after the other."""
     parts: dict[int, list[Tensor]] = defaultdict(list)
-    for entry in compared_slots(engine, "exemplar")[1]:
+    for entry in engine.evidence().slots("matrices"):
         rows = torch.cat(entry.matrices()).cpu()
         for unit, row in zip(entry.slot.units.tolist(), rows, strict=True):
             parts[unit].append(row)

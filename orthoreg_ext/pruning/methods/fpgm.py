@@ -105,11 +105,11 @@ class FPGM(Method):
         return self.holders.spread(factors, biases=self.silence, norms=self.silence)
 
     def _choose(self) -> Tensor:  # [r] int64
-        norms = scores_by_matrix(self.engine, "fpgm", lambda rows, _: rows.norm(dim=1))
+        norms = scores_by_matrix(self.engine, lambda rows, _: rows.norm(dim=1))
         small = self.engine.select(norms, self.norm_ratio)
         groups = self.engine.structure.prunable
         others = torch.cat([group.units[~torch.isin(group.units, small)] for group in groups])
-        scores = scores_by_matrix(self.engine, "fpgm", distance_sums, others)
+        scores = scores_by_matrix(self.engine, distance_sums, others)
         for group, score, norm in zip(groups, scores, norms, strict=True):
             chosen = torch.isin(group.units, small)
             score[chosen] = norm[chosen] - 1 - norm.max()  # below every distance, in their order

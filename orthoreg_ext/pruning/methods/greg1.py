@@ -135,7 +135,7 @@ class GReg1(Method):
 
     def _strength_of_units(self) -> Tensor:  # [size]
         """The lambda of every unit."""
-        vector = torch.zeros(self.holders.size)
+        vector = torch.zeros(self.holders.size, dtype=torch.float64)
         strengths = self.strengths
         for group in self.engine.structure.prunable:
             vector[group.units[torch.isin(group.units, self.chosen)]] = strengths[group.name]

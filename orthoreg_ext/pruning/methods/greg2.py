@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..schedule import check_ratio
-from .checks import positive
+from .checks import positive, weights_alone
 from .greg1 import GReg1
 
 
@@ -56,6 +56,7 @@ class GReg2(GReg1):
         self.picks, self.picked = 0, False
         super().__init__(model, example_inputs, **arguments)
         check_ratio(self.ratio)
+        weights_alone(self.engine.rules)
         if self.ceiling < self.pick_ceiling:
             raise ValueError(
                 f"ceiling is {self.ceiling!r}, expected at least pick_ceiling="

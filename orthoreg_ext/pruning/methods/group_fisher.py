@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import choose
-from ..activations import FREED, Contributions
+from ..activations import FREED, Contributions, check_read
 from ..counts import work
 from ..inputs import call_examples, device_of, tensors_in, to_device, undisturbed
 from ..result import PruneResult
@@ -82,7 +82,7 @@ class GroupFisher(Method):
         choose("target", arguments.get("target", "filters"), TARGETS)
         super().__init__(model, example_inputs, ratio=ratio, **arguments)
         check_ratio(self.ratio)
-        self._check_read()
+        check_read(self.engine.structure)
         self._rehearse()
         self._fisher = torch.zeros(self._units, dtype=torch.float64)
         self._passes = torch.zeros((), dtype=torch.int64)  # in the sums
@@ -242,16 +242,6 @@ class GroupFisher(Method):
             units = slot.units[slot.units >= 0]
             freed.index_add_(0, units, torch.full((len(units),), share, dtype=torch.float64))
         return freed.clamp(min=1.0)
-
-    def _check_read(self) -> None:
-        read = [slot.units for slot in self._filter_slots() if slot.side != "out"]
-        known = torch.cat(read) if read else torch.empty(0, dtype=torch.int64)
-        for group in self.engine.structure.prunable:
-            if not torch.isin(group.units, known).all():
-                raise ValueError(
-                    f"no convolution or linear layer reads all channels of layer {group.name!r}, "
-                    "so they have no score; list it in ignored"
-                )
 
     def _rehearse(self) -> None:
         """Refuses a model whose layers read anything but one row a sample, before it is trained."""

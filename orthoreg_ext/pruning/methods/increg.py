@@ -157,10 +157,10 @@ class IncReg(Method):
     def _lay_out(self) -> None:
         """Lays lambda and the mask of those still there out along the weights."""
         acts = ~self._gone & (self._left() > 0)[self._group]
-        decay, live = torch.zeros(self.holders.size), torch.ones(self.holders.size)
-        decay, live = decay.to(self._units.device), live.to(self._units.device)
-        decay[self._units] = torch.where(acts, self._lambda, 0.0).float()
-        live[self._units] = (~self._gone).float()
+        decay = self._lambda.new_zeros(self.holders.size)
+        live = torch.ones_like(decay)
+        decay[self._units] = torch.where(acts, self._lambda, 0.0)
+        live[self._units] = (~self._gone).double()
         self._decay = self.holders.spread(decay, biases=False, norms=False)
         self._live = self.holders.spread(live, biases=False, norms=False)
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..engine import Engine, Rules
+from ..engine import Engine
 from ..held import Holders
 from ..result import PruneResult
+from ..rules import Rules
 from ..schedule import check_ratio
 
 
@@ -41,9 +42,9 @@ class Method:
         ignored: layers (names or modules) that keep their filters.
         ema: a copy of the model that is cut alike.
         verify: check that every cut leaves what the model computes without the removed channels.
-        rules: fields of :class:`~orthoreg_ext.pruning.engine.Rules`: criterion, scope, target,
+        rules: fields of :class:`~orthoreg_ext.pruning.rules.Rules`: criterion, scope, target,
             round_to, max_layer_ratio, normalize, group_reduction, bias, dim; the method has its own
-            defaults.
+            defaults. No scope "one_at_a_time".
 
     Attributes:
         steps: optimizer steps seen.
@@ -69,6 +70,11 @@ class Method:
     ) -> None:
         if ratio is not None:
             check_ratio(ratio)
+        if rules.get("scope") == "one_at_a_time":
+            raise ValueError(
+                "scope='one_at_a_time' scores anew after every few units, which a method with a "
+                "schedule does not; use scope='global', or prune() after the training"
+            )
         self.ratio = ratio
         self.engine = Engine(
             model,

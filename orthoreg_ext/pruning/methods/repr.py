@@ -118,7 +118,7 @@ class RePr(Method):
         return self.holders.spread(self.holders.values(self.dropped, 0.0, rest=1.0))
 
     def _worst(self) -> Tensor:  # [r] int64
-        scores = scores_by_matrix(self.engine, "repr", mean_cosines)
+        scores = scores_by_matrix(self.engine, mean_cosines)
         return self.engine.select([-score for score in scores], check_ratio(self.ratio))
 
     def _drop(self) -> None:
@@ -148,9 +148,11 @@ class RePr(Method):
         for slot in self.engine.structure.slots:
             where = self._where(slot.units)
             module = self.model.get_submodule(slot.owner)
-            if isinstance(module, _BatchNorm) and module.running_var is not None:
-                module.running_mean[where.to(module.running_var.device)] = 0  # type: ignore[index]
-                module.running_var[where.to(module.running_var.device)] = 1
+            if isinstance(module, _BatchNorm):
+                frozen = module.affine and not module.weight.requires_grad
+                if module.running_var is not None and not frozen:
+                    module.running_mean[where.to(module.running_var.device)] = 0  # type: ignore[index]
+                    module.running_var[where.to(module.running_var.device)] = 1
             elif slot.side == "in" and slot.kind == "filters" and not one_input_per_group(module):
                 self._redraw_readers(slot, module, generator)
         for matrix in self.holders.matrices:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..held import Held
 from ..schedule import check_ratio
-from .checks import positive, steps
+from .checks import positive, steps, weights_alone
 from .method import Method
 
 
@@ -57,8 +57,8 @@ class Slimming(Method):
         self.strength, self.duration = positive("strength", strength), steps("duration", duration)
         super().__init__(model, example_inputs, **arguments)
         check_ratio(self.ratio)
-        if self.engine.rules.criterion == "bn_scale":
-            self.engine.score()  # refuses a layer without a BatchNorm now, not after the training
+        weights_alone(self.engine.rules)
+        self.engine.score()  # refuses a layer without a BatchNorm now, not after the training
 
     @property
     def done(self) -> bool:  # noqa: D102

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...errors import choose
 from ..schedule import check_ratio
-from .checks import steps
+from .checks import steps, weights_alone
 from .method import Method
 
 KINDS = ("sfp", "asfp", "srfp", "asrfp")
@@ -44,7 +44,7 @@ class SoftFilter(Method):
     ========  =======================================  =======  ======================
 
     The growing share is P_t = ratio (1 - x^(8 t / T)) / (1 - x^8) with x = 0.25: through (0, 0),
-    (T / 8, 3/4 ratio) and (T, ratio), which is a exp(-k t) + b with k T = 11.09.
+    (T, ratio) and, to 1e-4, (T / 8, 3/4 ratio), which is a exp(-k t) + b with k T = 11.09.
 
     Paper against code: SFP's released code also cuts once before the first epoch, and with
     `every` > 1 after epochs 1, 1 + `every` ...; here the first cut is that after epoch `every`. As
@@ -86,6 +86,7 @@ class SoftFilter(Method):
         self.duration, self.every = steps("duration", duration), steps("every", every)
         super().__init__(model, example_inputs, **arguments)
         check_ratio(self.ratio)
+        weights_alone(self.engine.rules)
         self.chosen = torch.empty(0, dtype=torch.int64)
 
     @property

@@ -1,21 +1,31 @@
-"""Small training loops and nets for the methods that prune while a model trains."""
+"""Small nets, training loops that drive a method, and what must hold of every method."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from orthoreg_ext.pruning import methods
 from orthoreg_ext.pruning.methods.method import Method
 
 Make = Callable[[nn.Module, Optimizer], Method]
+
+
+def every_method() -> list[type[Method]]:
+    """All methods that the package offers."""
+    found = [getattr(methods, name) for name in methods.__all__]
+    return [each for each in found if inspect.isclass(each) and issubclass(each, Method)]
 
 
 class Small(nn.Module):
@@ -53,6 +63,26 @@ class PreActivation(nn.Module):
         return self.fc(f.relu(self.last(x)).mean((2, 3)))
 
 
+def small_net(norm: bool = True) -> nn.Sequential:
+    """Two convolutions, 6 and 8 filters, that can be pruned, and a classifier."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.BatchNorm2d(8) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+def example() -> Tensor:
+    return torch.linspace(-1, 1, 2 * 3 * 6 * 6).view(2, 3, 6, 6)
+
+
 def ordered(model: nn.Module) -> nn.Module:
     """Gives filter i of every convolution entries of size i + 1, so that filter 0 is the lowest."""
     for module in model.modules():
@@ -69,12 +99,15 @@ def batch(number: int, size: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) % 4
 
 
-def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-3)
+def sgd(model: nn.Module, lr: float = 0.05, weight_decay: float = 1e-3) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
 
 
-def step(model: nn.Module, optimizer: Optimizer, method: Method | None, number: int = 0) -> None:
-    x, target = batch(number)
+def step(
+    model: nn.Module, optimizer: Optimizer, method: Method | None, number: int | None = None
+) -> None:
+    """One step of training, on the batch of that number: by default, of the method's steps."""
+    x, target = batch(method.steps if number is None and method is not None else number or 0)
     optimizer.zero_grad()
     output = model(x)
     loss = f.cross_entropy(output, target) if output.dim() == 2 else output.square().mean()
@@ -86,13 +119,19 @@ def step(model: nn.Module, optimizer: Optimizer, method: Method | None, number: 
         method.after_step()
 
 
+def train_epoch(model: nn.Module, optimizer: Optimizer, method: Method, steps: int = 3) -> None:
+    for _ in range(steps):
+        step(model, optimizer, method)
+    method.after_epoch()
+
+
 def run(
-    model: nn.Module, optimizer: Optimizer, method: Method, first: int, last: int, epoch: int = 4
+    model: nn.Module, optimizer: Optimizer, method: Method, first: int, last: int, length: int = 4
 ) -> None:
-    """The steps from `first` up to `last`; an epoch has so many."""
+    """The steps from `first` up to `last`; an epoch has `length`."""
     for number in range(first, last):
         step(model, optimizer, method, number)
-        if (number + 1) % epoch == 0:
+        if (number + 1) % length == 0:
             method.after_epoch()
 
 
@@ -117,14 +156,45 @@ def gone(result: Any) -> dict[str, list[int]]:
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
-    """The optimizer holds the model's parameters, and state of their shapes."""
+    """The optimizer holds the model's parameters, all finite, and state of their shapes."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    assert all(bool(p.isfinite().all()) for p in held)
     for parameter, state in optimizer.state.items():
         assert any(parameter is p for p in held)
         for value in state.values():
             if isinstance(value, Tensor) and value.dim():
                 assert value.shape == parameter.shape
+
+
+@contextmanager
+def refused(match: str, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """What is done inside is an error, and changes neither the model nor its optimizer."""
+    before = copy.deepcopy(model.state_dict())
+    settings = None if optimizer is None else settings_of(optimizer)
+    with pytest.raises(ValueError, match=match):
+        yield
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    if optimizer is not None:
+        assert hooks_of(model, optimizer) == 0
+        assert settings_of(optimizer) == settings
+
+
+def hooks_of(model: nn.Module, optimizer: Optimizer) -> int:
+    """How many hooks there are on the modules, the parameters and the optimizer."""
+    tables = [
+        t
+        for m in model.modules()
+        for t in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    ]
+    tables += [p._backward_hooks or {} for p in model.parameters()]
+    tables += [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    return sum(map(len, tables))
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The parameter groups without their parameters."""
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
 def check_resume(build: Callable[[], nn.Module], make: Make, total: int, at: int) -> None:
@@ -156,8 +226,11 @@ def check_resume(build: Callable[[], nn.Module], make: Make, total: int, at: int
     assert json.loads(json.dumps(other_method.state_dict())) == json.loads(text)
     resumed = end(other, other_optimizer, other_method, at)
 
+    assert whole.history
     assert resumed.history == whole.history
+    assert resumed.settings == whole.settings
     assert other_method.state_dict() == method.state_dict()
+    assert settings_of(other_optimizer) == settings_of(optimizer)
     first, second = model.state_dict(), other.state_dict()
     assert first.keys() == second.keys()
     assert not [name for name in first if not torch.equal(first[name], second[name])]

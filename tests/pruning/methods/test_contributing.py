@@ -1,4 +1,4 @@
-"""The method that CONTRIBUTING.md writes as an example is one."""
+"""What CONTRIBUTING.md writes as examples works."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthoreg_ext.pruning import Criterion, prune, scores
 from orthoreg_ext.pruning.methods.checks import positive, steps
 from orthoreg_ext.pruning.methods.method import Method
 
@@ -39,3 +40,16 @@ def test_the_example_decays_prunes_and_resumes(x: Tensor) -> None:
     assert method.done
     assert gone(method.finish()) == {"conv1": [0, 1], "conv2": [0, 1, 2]}
     check_resume(Small, lambda m, o: decay(m, x, optimizer=o, **rules), total=6, at=3)
+
+
+def test_the_row_of_a_criterion_scores(x: Tensor) -> None:
+    text = GUIDE.read_text().partition("**A new criterion**")[2].partition("```diff")[2]
+    lines = [line[1:].strip() for line in text.partition("```")[0].splitlines() if line]
+    assert 0 < len(lines) <= 20
+    row = eval("".join(lines).rstrip(","), vars(scores))
+    assert isinstance(row, Criterion)
+    model = Small()
+    model.conv1.weight.data[2] *= 1e-3
+    model.conv2.weight.data[[1, 4]] *= 1e-3
+    result = prune(model, x, criterion=row, scope="local", ratio=0.34)
+    assert gone(result) == {"conv1": [2], "conv2": [1, 4]}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -20,6 +19,7 @@ from .loops import (
     gone,
     operations,
     ordered,
+    refused,
     run,
     sgd,
     step,
@@ -252,10 +252,8 @@ def test_a_step_reads_nothing(x: Tensor) -> None:
 )
 def test_wrong_arguments_change_nothing(arguments: dict[str, Any], match: str, x: Tensor) -> None:
     model = Small()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=match):
+    with refused(match, model):
         IncReg(model, x, **arguments)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_weights_that_are_not_finite_are_not_cut(x: Tensor) -> None:

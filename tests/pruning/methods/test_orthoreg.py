@@ -12,16 +12,17 @@ import orthoreg_ext as ox
 from orthoreg_ext.pruning.methods import OrthoReg
 
 from ..nets import ResNet, batches
-from .driving import (
-    assert_consistent,
-    assert_resumes,
+from .loops import (
     batch,
+    check_optimizer,
+    check_resume,
     example,
     hooks_of,
+    refused,
     sgd,
     small_net,
+    step,
     train_epoch,
-    train_step,
 )
 
 DATA = [batch(100), batch(101)]
@@ -107,7 +108,7 @@ def test_the_cut_is_the_lowest_fisher_of_the_whole_net() -> None:
     method = make(model, optimizer)
     train_epoch(model, optimizer, method)
     for _ in range(3):
-        train_step(model, optimizer, method)
+        step(model, optimizer, method)
     twin = copy.deepcopy(model).eval()  # the score, written out: mean gradient, eval mode, bias
     x, y = (torch.cat(parts) for parts in zip(*DATA, strict=True))
     for p in twin.parameters():
@@ -130,7 +131,7 @@ def test_a_step_is_the_term_in_the_loss_without_decay() -> None:
     twin = copy.deepcopy(model)
     optimizer, other = sgd(model, weight_decay=0.1), sgd(twin, weight_decay=0.0)
     method = make(model, optimizer, strength=0.05)
-    train_step(model, optimizer, method)
+    step(model, optimizer, method)
     term = ox.OrthoRegularizer(twin, strength=0.05)
     x, y = batch(0)
     (nn.functional.cross_entropy(twin.train()(x), y) + term()).backward()
@@ -160,7 +161,12 @@ def test_weight_decay_of_every_group_comes_back() -> None:
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_a_resumed_run_ends_alike(stop: int) -> None:
     # 1: amid the first phase; 2: the first retraining; 5: amid the second phase
-    assert_resumes(lambda m, o: make(m, o, rounds=2, retrain_epochs=2), epochs=8, stop=stop)
+    check_resume(
+        small_net,
+        lambda m, o: make(m, o, rounds=2, retrain_epochs=2),
+        total=32,
+        at=4 * stop + 1,
+    )
 
 
 def test_an_early_finish_cuts_what_is_left() -> None:
@@ -172,7 +178,7 @@ def test_an_early_finish_cuts_what_is_left() -> None:
     assert sum(widths(model)) == 7
     assert method.done
     assert method.finish() is result
-    assert_consistent(model, optimizer)
+    check_optimizer(model, optimizer)
     assert hooks_of(model, optimizer) == 0
     assert optimizer.param_groups[0]["weight_decay"] == 1e-3
 
@@ -181,7 +187,7 @@ def test_a_failed_cut_does_not_count_its_epoch() -> None:
     model = small_net()
     optimizer = sgd(model)
     method = make(model, optimizer, ortho_epochs=1)
-    train_step(model, optimizer, method)
+    step(model, optimizer, method)
     with torch.no_grad():
         saved = model[3].weight[0, 0, 0, 0].item()
         model[3].weight[0, 0, 0, 0] = float("nan")
@@ -245,13 +251,9 @@ def test_coupled_layers_and_frozen_ones() -> None:
 def test_bad_arguments_change_nothing(arguments: dict, message: str) -> None:
     model = small_net()
     optimizer = sgd(model)
-    before = copy.deepcopy(model.state_dict())
     settings = {"data": DATA, "optimizer": optimizer, **arguments}
-    with pytest.raises(ValueError, match=message):
+    with refused(message, model, optimizer):
         OrthoReg(model, example(), **settings)
-    assert hooks_of(model, optimizer) == 0
-    assert optimizer.param_groups[0]["weight_decay"] == 1e-3
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_an_optimizer_that_trains_something_else_is_refused() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from .loops import (
     check_resume,
     gone,
     operations,
+    refused,
     run,
     sgd,
     step,
@@ -163,10 +163,8 @@ def test_a_step_reads_nothing_and_lays_nothing_out(x: Tensor) -> None:
 )
 def test_wrong_arguments_change_nothing(arguments: dict[str, Any], match: str, x: Tensor) -> None:
     model = Small()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=match):
+    with refused(match, model):
         Slimming(model, x, **arguments)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_a_layer_without_a_batchnorm_is_named_before_the_training(x: Tensor) -> None:
