@@ -235,3 +235,13 @@ def test_every_row_says_all_of_itself() -> None:
     for name, row in PENALTIES.items():
         assert row.name == name
         assert all(len(text) > 3 for text in (row.formula, row.gradient, row.source, row.code))
+
+
+def test_strides_stay_with_their_layers_where_precisions_are_mixed() -> None:
+    weights, strides = [torch.randn(2, 2, 3, 3).double(), torch.randn(2, 2, 3, 3)], [1, 2]
+    together = F.gram_penalty(weights, "ocnn", strides=strides)
+    alone = [
+        F.gram_penalty([w], "ocnn", strides=[s]).double()
+        for w, s in zip(weights, strides, strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone))
