@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -51,6 +53,16 @@ def by_precision(layers: Layers) -> list[list[int]]:
     double = [i for i, w in enumerate(layers.weights) if w.dtype == torch.float64]
     single = [i for i, w in enumerate(layers.weights) if w.dtype != torch.float64]
     return [indices for indices in (single, double) if indices]
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether the value is a positive integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_factor(value: object) -> TypeGuard[float]:
+    """Whether the value is a finite number of at least 0."""
+    return isinstance(value, Real) and 0 <= float(value) < math.inf
 
 
 def has_dense_filters(weight: Tensor) -> bool:

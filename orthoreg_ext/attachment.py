@@ -65,8 +65,8 @@ class Attachment:
         return (args[0], with_term, *args[2:]), kwargs
 
     def _add(self, optimizer: torch.optim.Optimizer) -> None:
-        step, self.step = self.step, self.step + 1
-        self._add_term(optimizer, step)
+        self._add_term(optimizer, self.step)
+        self.step += 1
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -200,12 +200,12 @@ def gram_penalty(
         ValueError: unknown names, mismatched shapes, lengths or devices.
     """
     row, side = get_penalty(penalty), choose("side", side, SIDES)
+    check_taken(row, num_groups=num_groups, strides=strides, vectors=vectors)
     layers = check_layers(weights, biases, groups)
     if not layers.weights:
         return torch.zeros(0)
     factors = check_coefficients(coefficients, len(layers.weights), layers.device)
     masks, aims = check_pruned(layers, pruned, row), check_targets(layers, targets, row)
-    check_taken(row, num_groups=num_groups)
     layers = split_groups(layers, row, num_groups)
     sides = choose_sides(layers, row, side, masks, aims)
     options = check_options(layers, row, sides, strides, vectors)
@@ -268,6 +268,7 @@ def add_gram_penalty_grad_(
     row, side = get_penalty(penalty), choose("side", side, SIDES)
     if not isinstance(strength, (Real, Tensor)):
         raise TypeError(f"strength must be a number or a tensor, got {type(strength).__name__}")
+    check_taken(row, num_groups=num_groups, strides=strides, vectors=vectors)
     original = weights if isinstance(weights, Tensor) else list(weights)
     layers = check_layers(original, biases, groups)
     if not layers.weights:
@@ -279,7 +280,6 @@ def add_gram_penalty_grad_(
         factors = factors.detach()
     scale = scale_of(layers, strength, factors)
     given_groups = layers.groups
-    check_taken(row, num_groups=num_groups)
     layers = split_groups(layers, row, num_groups)
     sides = choose_sides(layers, row, side, masks, aims)
     check_options(layers, row, sides, strides, vectors)

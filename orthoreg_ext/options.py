@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from .arguments import Layers
+from .arguments import Layers, is_count
 from .errors import wrong_length
 from .penalties import PENALTIES, Row
 from .reference import compute_dtype
@@ -65,7 +65,7 @@ def check_num_groups(num_groups: object) -> int:
     """
     if num_groups is None:
         return NUM_GROUPS
-    if not isinstance(num_groups, int) or isinstance(num_groups, bool) or num_groups < 1:
+    if not is_count(num_groups):
         raise ValueError(f"num_groups is {num_groups!r}, expected a positive number of groups")
     return num_groups
 
@@ -92,7 +92,6 @@ def check_options(
         TypeError: strides or vectors are no sequences of the right things.
         ValueError: one does not fit its layer, or a layer is none for the penalty.
     """
-    check_taken(row, strides=strides, vectors=vectors)
     count = len(layers.weights)
     if row.convolutional:
         for i, weight in enumerate(layers.weights):
@@ -120,8 +119,8 @@ def _check_strides(strides: Sequence[Stride], count: int) -> list[tuple[int, int
         raise wrong_length("strides", len(strides), count, "weights")
     found = []
     for i, stride in enumerate(strides):
-        pair = (stride, stride) if isinstance(stride, int) else tuple(stride)
-        if len(pair) != 2 or not all(isinstance(s, int) and s >= 1 for s in pair):
+        pair = tuple(stride) if isinstance(stride, Sequence) else (stride, stride)
+        if len(pair) != 2 or not all(map(is_count, pair)):
             raise ValueError(
                 f"strides[{i}] is {stride!r}, expected a positive number or two of them"
             )
@@ -144,6 +143,10 @@ def _check_vectors(vectors: Sequence[Tensor], layers: Layers, sides: Sides) -> l
             raise ValueError(
                 f"vectors[{i}] is {vector.dtype} {tuple(vector.shape)} on {vector.device}, "
                 f"expected {wide} {expected} on {weight.device}: one vector for each group"
+            )
+        if any(s == 0 and n > 1 for s, n in zip(vector.stride(), vector.shape, strict=True)):
+            raise ValueError(
+                f"vectors[{i}] has entries that share memory (expand), but is written to: clone it"
             )
         if vector.requires_grad:
             raise ValueError(f"vectors[{i}] requires a gradient, which it would not get: detach it")

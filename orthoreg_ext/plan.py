@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from numbers import Real
 from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import is_factor
 from .errors import unknown_name
 from .in_place import is_capturing
 from .layers import FilterLayer, SkippedLayer, inspect_layers
@@ -267,10 +267,16 @@ class Selection:
         """Every name or pattern must mean some layer: a typo would switch the term off silently.
 
         Raises:
+            TypeError: there is something else than names, patterns and functions.
             ValueError: one does not, or a layer weight is no finite number of at least 0.
         """
         names = [layer.name for layer in inspect_layers(model)[0]]
         for argument, selector in (("include", self.include), ("exclude", self.exclude)):
+            if not _is_selector(selector):
+                raise TypeError(
+                    f"{argument} is {selector!r}, expected a name or pattern, a list of them or a "
+                    "function of name and module"
+                )
             for pattern in _patterns(selector):
                 if not fnmatch.filter(names, pattern):
                     raise unknown_name(f"layer in {argument}=", pattern, names)
@@ -312,9 +318,10 @@ def _on_device(factors: list[float], dtype: torch.dtype, device: torch.device) -
     return torch.tensor(factors, dtype=dtype).to(device)
 
 
-def is_factor(value: object) -> bool:
-    """Whether the value is a finite number of at least 0."""
-    return isinstance(value, Real) and math.isfinite(value) and float(value) >= 0
+def _is_selector(value: object) -> bool:
+    if value is None or callable(value) or isinstance(value, str):
+        return True
+    return isinstance(value, Collection) and all(isinstance(name, str) for name in value)
 
 
 def _patterns(selector: Selector | None) -> list[str]:

@@ -119,7 +119,8 @@ def residual(
         return cosines_of(gram_matrix)[0].to(gram_matrix.dtype)
     rest = gram_matrix
     if penalty.diagonal == "target":
-        target = torch.ones_like(rest[..., 0]) if rows.targets is None else rows.targets
+        ones = torch.ones_like(rest.diagonal(dim1=-2, dim2=-1))
+        target = ones if rows.targets is None else rows.targets
         if rows.pruned is not None:
             target = target.masked_fill(rows.pruned, 0)
         rest = rest - torch.diag_embed(target)
@@ -131,7 +132,7 @@ def only_counted(entries: Tensor, penalty: Entrywise, rows: Rows) -> Tensor:  # 
     if penalty.counts is not None:
         marked = rows.pruned
         if marked is None:
-            marked = torch.zeros_like(entries[..., 0], dtype=torch.bool)
+            marked = torch.zeros_like(entries.diagonal(dim1=-2, dim2=-1), dtype=torch.bool)
         counts = penalty.counts(marked.unsqueeze(-1), marked.unsqueeze(-2))
         entries = entries.masked_fill(~counts, 0)
     return without_diagonal(entries) if penalty.diagonal == "free" else entries
@@ -165,12 +166,17 @@ def gram_penalty(
         rows = Rows.of(mask, targets[i] if targets else None, group, column)
         matrices = filter_matrices(weight, bias, group, _left_out(penalty, mask))
         rest = residual(gram(matrices, column), penalty, rows)
+        if penalty.root:  # where the sum overflows the root need not
+            rest = rest.double()
         values.append(penalty.value(rest).sum() + offsets[i])
     sums = torch.stack(values)
-    if not penalty.root:
-        return sums
+    return root(sums).to(compute_dtype(weights[0].dtype)) if penalty.root else sums
+
+
+def root(sums: Tensor) -> Tensor:
+    """The root, with gradient 0 where it is 0."""
     zero = sums == 0
-    return torch.where(zero, 0, sums.masked_fill(zero, 1).sqrt())
+    return sums.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def slopes(

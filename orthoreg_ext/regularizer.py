@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .arguments import is_count, is_factor
 from .attachment import Attachment, PreparedTerms, parameters_of
 from .diagnostics import LayerReport, Report, mean_correlation
 from .errors import choose
@@ -23,9 +24,8 @@ from .plan import (
     Plan,
     Selection,
     Selector,
-    is_factor,
 )
-from .schedules import Stateful
+from .schedules import BansalSteps, Stateful
 from .sides import SIDES
 
 
@@ -96,16 +96,23 @@ class OrthoRegularizer:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not is_factor(strength):
             raise ValueError(f"strength is {strength!r}, expected a finite number of at least 0")
-        if not isinstance(every, int) or every < 1:
+        if not is_count(every):
             raise ValueError(f"every is {every!r}, expected a positive number of steps")
-        if not isinstance(max_dim, int) or max_dim < 1:
+        if not is_count(max_dim):
             raise ValueError(f"max_dim is {max_dim!r}, expected a positive number of rows")
         if schedule is not None and not callable(schedule):
             raise TypeError(f"schedule is {schedule!r}, expected a function of the step number")
+        if isinstance(schedule, BansalSteps):
+            schedule.check_strength(strength)
         if bias not in (True, False, "conv"):
             raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
         if isinstance(layer_weights, str):
             choose("layer_weights", layer_weights, LAYER_WEIGHTS)
+        elif not isinstance(layer_weights, Mapping):
+            raise TypeError(
+                f"layer_weights is {layer_weights!r}, expected {', '.join(LAYER_WEIGHTS)} or a "
+                "dict from layer name to factor"
+            )
         row = get_penalty(penalty)
         if row.counts is not None:
             raise ValueError(
@@ -155,8 +162,8 @@ class OrthoRegularizer:
         if torch.compiler.is_compiling() and self.every == 1 and self.schedule is None:
             factor = self.strength  # a step number would be a constant of the graph
         else:
-            step, self.step = self.step, self.step + 1
-            factor = self._factor(step)
+            factor = self._factor(self.step)
+            self.step += 1
         if factor == 0 or not plan.terms:
             device = plan.terms[0].coefficients.device if plan.terms else None
             return torch.zeros((), device=device)
@@ -256,7 +263,7 @@ class OrthoRegularizer:
 
         The steps of attached optimizers are in the order in which they were attached.
         """
-        steps = [a.step for a in self._attached.values() if a.active]
+        steps = [a.step for a in self._attached.values() if a.active] + self._loaded_steps
         state = {"step": self.step, "attached_steps": steps, **self._settings()}
         if isinstance(self.schedule, Stateful):
             state["schedule"] = dict(self.schedule.state_dict())
@@ -298,12 +305,12 @@ class OrthoRegularizer:
                     f"has {tuple(vector.shape)}: load it before or after the layers are pruned, as "
                     "it was saved"
                 )
+        step, *loaded = _steps([state["step"], *state["attached_steps"]])
         if schedule is not None:
             schedule.load_state_dict(state["schedule"])
         for name, vector in vectors.items():
             vector.copy_(state["vectors"][name])
-        self.step = int(state["step"])
-        self._loaded_steps = [int(step) for step in state["attached_steps"]]
+        self.step, self._loaded_steps = step, loaded
         for attachment in self._attached.values():
             if self._loaded_steps and attachment.active:
                 attachment.step = self._loaded_steps.pop(0)
@@ -352,3 +359,10 @@ class OrthoRegularizer:
             self._plan = self._selection.plan(self.model, self._plan.vectors())
             self._state = ModelState(self.model)
         return self._plan
+
+
+def _steps(saved: list[Any]) -> list[int]:
+    for step in saved:
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"state has the step number {step!r}, expected an integer from 0 on")
+    return saved

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
+from .arguments import is_count, is_factor
 from .errors import choose
 
 
@@ -168,7 +168,7 @@ class BansalSteps(_Fixed):
     begins with strength 1e-2 on CIFAR and 1e-6 on ImageNet, where the first step is after epoch 30.
     The paper (``"set"``) begins with 0.1 and sets the strength to 1e-3, 1e-4, 1e-6 and 0. A
     schedule gives factors, so it has to know the regulariser's strength: 0.1 unless `strength`
-    says another one.
+    says another one, and a regulariser of another strength refuses this one.
 
     Args:
         steps_per_epoch: optimizer steps in an epoch; the first epoch is number 1.
@@ -190,15 +190,26 @@ class BansalSteps(_Fixed):
         """Checks the arguments."""
         _check_count("steps_per_epoch", self.steps_per_epoch)
         choose("reading", self.reading, READINGS)
-        object.__setattr__(self, "epochs", tuple(self.epochs))
-        rising = all(isinstance(e, int) for e in self.epochs) and all(
-            a < b for a, b in pairwise((0, *self.epochs))
-        )
-        if len(self.epochs) != 4 or not rising:
+        epochs = tuple(self.epochs) if isinstance(self.epochs, Sequence) else ()
+        rising = all(map(is_count, epochs)) and all(a < b for a, b in pairwise(epochs))
+        if len(epochs) != 4 or not rising:
             raise ValueError(f"epochs is {self.epochs!r}, expected four growing numbers of epochs")
+        object.__setattr__(self, "epochs", epochs)
         _check_factor("strength", self.strength)
         if self.strength == 0:
             raise ValueError("strength is 0, expected the strength of the regulariser, above 0")
+
+    def check_strength(self, strength: float) -> None:
+        """Compares with the strength of the regulariser.
+
+        Raises:
+            ValueError: the reading is ``"set"`` for another one.
+        """
+        if self.reading == "set" and strength != self.strength:
+            raise ValueError(
+                f"schedule sets the strength {self.strength} to others, but strength is "
+                f"{strength}: give both the same one (0.1 in the paper)"
+            )
 
     def __call__(self, step: int) -> float:
         """The factor at that step."""
@@ -208,10 +219,10 @@ class BansalSteps(_Fixed):
 
 
 def _check_factor(name: str, value: object) -> None:
-    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+    if not is_factor(value):
         raise ValueError(f"{name} is {value!r}, expected a finite number of at least 0")
 
 
 def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_count(value):
         raise ValueError(f"{name} is {value!r}, expected a positive number of steps")

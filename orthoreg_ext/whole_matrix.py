@@ -81,7 +81,7 @@ def values(
             matrices = reference.filter_matrices(weight, bias, group, mask)
             target = rows.targets
             if rows.pruned is not None:
-                ones = torch.ones_like(matrices[..., 0]) if target is None else target
+                ones = matrices.new_ones(matrices.shape[:-1]) if target is None else target
                 target = ones.masked_fill(rows.pruned, 0)
             filters = Filters(
                 *(matrices, column, target, tuple(weight.shape[1:])),
@@ -133,7 +133,7 @@ def spectral_norm_squared(filters: Filters) -> Tensor:
     finite = residual.isfinite().all(-1).all(-1)  # the solver refuses the others
     eigenvalues = torch.linalg.eigvalsh(residual.masked_fill(~finite[:, None, None], 0))
     largest = _largest(eigenvalues.square(), floor)
-    total: Tensor = torch.where(finite, largest, residual.sum((-2, -1))).sum()
+    total: Tensor = torch.where(finite, largest, residual.square().sum((-2, -1))).sum()
     return total.to(filters.matrices.dtype)
 
 
@@ -180,19 +180,19 @@ def self_convolution_norm(filters: Filters) -> Tensor:
     The output at a shift is the product of the filters with the filters shifted by it, at shift 0
     the Gram matrix; at the opposite shift stands the transpose, so half of them are formed, each
     from the taps that overlap, and no convolution with its padding. I_0 is the identity at shift 0.
-    The gradient is 0 where the value is.
+    Squares are added in float64: where they overflow their root need not. The gradient is 0 where
+    the value is.
     """
     kernels = filters.matrices.unflatten(-1, (*filters.shape, *(1, 1)[: 3 - len(filters.shape)]))
     tall, wide = kernels.shape[-2:]
-    total = filters.residual(filters.matrices, columns=False).square().sum()
+    total = filters.residual(filters.matrices, columns=False).double().square().sum()
     for y, x in _shifts((tall, wide), filters.stride):
         height, width = tall - y, wide - abs(x)
         left, right = max(x, 0), max(-x, 0)
         ahead = kernels[..., y:, left : left + width].flatten(2)
         behind = kernels[..., :height, right : right + width].flatten(2)
-        total = total + 2 * (ahead @ behind.mT).square().sum()
-    zero = total == 0
-    return total.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+        total = total + 2 * (ahead @ behind.mT).double().square().sum()
+    return reference.root(total).to(filters.matrices.dtype)
 
 
 def _shifts(size: tuple[int, int], stride: tuple[int, int]) -> Iterator[tuple[int, int]]:

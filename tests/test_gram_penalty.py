@@ -591,6 +591,41 @@ def test_weights_without_filters_or_entries(target: Target) -> None:
     assert [g.shape for g in grads] == [torch.Size(s) for s in shapes]
 
 
+@pytest.mark.parametrize("name", sorted(PENALTIES))
+def test_definition_and_kernels_agree_where_there_are_no_filters_or_entries(
+    target: Target, name: str
+) -> None:
+    for shape in ((0, 4), (3, 0), (0, 0)):
+        weight = torch.ones(shape, device=target.device)
+        marked = [torch.zeros(shape[0], dtype=torch.bool, device=target.device)]
+        for side in ("rows", "small"):
+            value = F.gram_penalty([weight], name, side=side, pruned=marked)
+            with ox.backend("reference"):
+                want = F.gram_penalty([weight], name, side=side, pruned=marked)
+            assert torch.equal(value, want), (shape, side)
+
+
+@pytest.mark.parametrize("name", ["frobenius", "ocnn"])
+def test_a_root_is_right_where_its_square_overflows(target: Target, name: str) -> None:
+    """Or plainly no number (the kernels): a gradient divided by infinity would be 0."""
+    weight = (1e12 * torch.randn(4, 6)).to(target.device).requires_grad_()
+    wide = weight.detach().double().requires_grad_()
+    want = F.gram_penalty([wide], name)
+    (slope,) = torch.autograd.grad(want.sum(), wide)
+    for backend in (target.name, "reference"):
+        with ox.backend(backend):
+            value = F.gram_penalty([weight], name)
+            weight.grad = None
+            F.add_gram_penalty_grad_([weight], name, strength=1.0)
+        (grad,) = torch.autograd.grad(value.sum(), weight)
+        if name == "frobenius" and backend != "reference":
+            assert not any(found.isfinite().any() for found in (value, grad, weight.grad))
+            continue
+        torch.testing.assert_close(value, want.float())
+        torch.testing.assert_close(grad, slope.float(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(weight.grad, slope.float(), rtol=1e-4, atol=0)
+
+
 def test_correlation_and_distances(target: Target) -> None:
     weight = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0], [0.0, 0.0]], device=target.device)
     half = 0.5**0.5

@@ -174,6 +174,9 @@ BAD = [
     ("ocnn", {"side": "cols"}, "penalty 'ocnn' and side='cols' exclude each other"),
     ("ocnn", {"strides": [0]}, r"strides\[0\] is 0, expected a positive number or two"),
     ("ocnn", {"strides": [(1, 2, 3)]}, r"strides\[0\] is \(1, 2, 3\), expected a positive"),
+    ("ocnn", {"strides": [1.5]}, r"strides\[0\] is 1.5, expected a positive"),
+    ("ocnn", {"strides": [None]}, r"strides\[0\] is None, expected a positive"),
+    ("ocnn", {"strides": [True]}, r"strides\[0\] is True, expected a positive"),
     ("ocnn", {"strides": [1, 1]}, "strides has 2 entries, expected 1"),
     ("ocnn", {"biases": [torch.ones(8)]}, r"biases\[0\]: penalty 'ocnn' is about the convolution"),
     ("ocnn", {"weights": [W[..., 0]]}, r"weights\[0\] has shape \(8, 3, 2\), but penalty 'ocnn'"),
@@ -188,6 +191,12 @@ BAD = [
         r"vectors\[0\] is torch.float64 .*, expected",
     ),
     ("srip", {"vectors": [torch.ones(1, 8).requires_grad_()]}, r"vectors\[0\] .* detach it"),
+    (
+        "srip",
+        {"vectors": [torch.ones(1, 1).expand(1, 8)]},
+        r"vectors\[0\] has entries that share memory .*: clone it",
+    ),
+    ("so", {"weights": [], "strides": []}, "penalty 'so' takes no strides="),
     ("srip", {"vectors": []}, "vectors has 0 entries, expected 1"),
 ]
 
@@ -226,3 +235,13 @@ def test_every_row_says_all_of_itself() -> None:
     for name, row in PENALTIES.items():
         assert row.name == name
         assert all(len(text) > 3 for text in (row.formula, row.gradient, row.source, row.code))
+
+
+def test_strides_stay_with_their_layers_where_precisions_are_mixed() -> None:
+    weights, strides = [torch.randn(2, 2, 3, 3).double(), torch.randn(2, 2, 3, 3)], [1, 2]
+    together = F.gram_penalty(weights, "ocnn", strides=strides)
+    alone = [
+        F.gram_penalty([w], "ocnn", strides=[s]).double()
+        for w, s in zip(weights, strides, strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone))

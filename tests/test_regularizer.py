@@ -417,6 +417,31 @@ def test_schedule_that_gives_no_number_is_named(net: Net) -> None:
         ox.OrthoRegularizer(net, schedule=lambda step: None)()
 
 
+def test_a_step_that_fails_is_not_counted(net: Net) -> None:
+    factors: list[float | None] = [None, 1.0]
+    reg = ox.OrthoRegularizer(net, schedule=lambda step: factors[step])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    reg.attach(optimizer)
+    for step in (reg, optimizer.step):
+        with pytest.raises(ValueError, match=r"schedule\(0\) gave None"):
+            step()
+    assert reg.state_dict()["attached_steps"] == [0]
+    assert reg.step == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"layer_weights": None}, "layer_weights is None, expected sqrt, uniform, mean or a dict"),
+        ({"include": 5}, "include is 5, expected a name or pattern"),
+        ({"exclude": [5]}, r"exclude is \[5\], expected a name or pattern"),
+    ],
+)
+def test_what_chooses_no_layers_is_refused(net: Net, given, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        ox.OrthoRegularizer(net, **given)
+
+
 def test_bias_shared_by_layers_gets_both_gradients(target: Target) -> None:
     first, second = nn.Conv2d(64, 32, 3).to(target.device), nn.Conv2d(64, 32, 3).to(target.device)
     second.bias = first.bias
@@ -542,6 +567,17 @@ def test_steps_are_resumed_by_those_that_are_attached() -> None:
     attached.step = 0
     reg.load_state_dict(state)
     assert (removed.step, attached.step) == (0, 7)
+
+
+def test_steps_that_wait_for_an_optimizer_are_saved_again() -> None:
+    net = nn.Linear(3, 3)
+    reg, optimizer = ox.OrthoRegularizer(net), torch.optim.SGD(net.parameters(), lr=0.1)
+    reg.attach(optimizer).step = 7
+    resumed = ox.OrthoRegularizer(net)
+    resumed.load_state_dict(reg.state_dict())
+    again = ox.OrthoRegularizer(net)
+    again.load_state_dict(resumed.state_dict())
+    assert again.attach(optimizer).step == 7
 
 
 def test_factors_follow_the_precision_of_the_model() -> None:

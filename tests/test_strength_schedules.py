@@ -54,6 +54,8 @@ BAD = [
     (lambda: BansalSteps(1, "multipy"), "unknown reading 'multipy'; did you mean 'multiply'"),
     (lambda: BansalSteps(1, epochs=(20, 50, 50, 120)), "epochs is .* four growing numbers"),
     (lambda: BansalSteps(1, epochs=(20, 50, 120)), "epochs is .* four growing numbers"),
+    (lambda: BansalSteps(1, epochs=120), "epochs is 120, expected four growing numbers"),
+    (lambda: BansalSteps(1, epochs=None), "epochs is None, expected four growing numbers"),
     (lambda: BansalSteps(1, "set", strength=0.0), "strength is 0, expected"),
 ]
 
@@ -93,6 +95,14 @@ def test_a_regulariser_takes_a_schedule_and_refuses_the_state_of_another() -> No
         ox.OrthoRegularizer(net).load_state_dict(state)
     with pytest.raises(ValueError, match="state has no schedule"):
         reg.load_state_dict(ox.OrthoRegularizer(net).state_dict())
+
+
+def test_strengths_that_a_schedule_sets_are_those_of_the_regulariser() -> None:
+    net = nn.Linear(3, 3)
+    for reading, strength in (("set", 0.1), ("multiply", 0.01)):
+        ox.OrthoRegularizer(net, strength=strength, schedule=BansalSteps(1, reading))
+    with pytest.raises(ValueError, match=r"sets the strength 0.1 .*, but strength is 0.01: give"):
+        ox.OrthoRegularizer(net, strength=0.01, schedule=BansalSteps(1, "set"))
 
 
 def test_a_schedule_with_a_state_of_its_own_is_saved_and_restored() -> None:

@@ -79,6 +79,17 @@ def test_nan_passes_through(name: str) -> None:
     assert torch.autograd.grad(values[0], weight)[0].isnan().any()
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_of_the_eigen_solver_has_no_numbers_where_the_value_is_none(poison) -> None:
+    weight = torch.randn(3, 4)
+    weight[1, 2] = poison
+    weight.requires_grad_()
+    value = F.gram_penalty([weight], "srip")
+    (grad,) = torch.autograd.grad(value.sum(), weight)
+    assert not value.isfinite().any()
+    assert not grad.isfinite().any()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", WHOLE)
 def test_half_precision_is_computed_in_float32_and_keeps_its_layout(name: str, device) -> None:
@@ -175,7 +186,7 @@ def test_exactly_orthonormal_filters_leave_the_vector_as_it_is() -> None:
 
 def test_weights_that_are_not_finite_leave_the_vector_as_it_is() -> None:
     vector = torch.full((1, 4), 0.5)
-    for bad in (float("nan"), float("inf")):
+    for bad in (float("nan"), float("inf"), 1e15):  # whose norm overflows float32
         value, grad = by_vector(torch.eye(4, 6) * bad, vector)
         assert not value.isfinite().any()
         assert not grad.isfinite().all()
@@ -238,6 +249,12 @@ def test_vectors_survive_in_the_state() -> None:
         with pytest.raises(ValueError, match=text):
             reg.load_state_dict({**state, "vectors": wrong})
         assert reg.step == before["step"]
+    for key, bad in (("step", None), ("step", -1), ("attached_steps", ["a"])):
+        before = reg.state_dict()
+        with pytest.raises(ValueError, match=r"state has the step number .*, expected an integer"):
+            reg.load_state_dict({**state, key: bad})
+        after = reg.state_dict()["vectors"]
+        assert all(torch.equal(after[name], v) for name, v in before["vectors"].items())
     without = {key: value for key, value in state.items() if key != "vectors"}
     with pytest.raises(ValueError, match="state has no vectors"):
         reg.load_state_dict(without)
