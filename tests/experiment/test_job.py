@@ -279,7 +279,7 @@ class Net(nn.Module):
 class Shuffled(Net):
     def forward(self, x):
         x = self.conv(x).relu()
-        x = x.view(len(x), 2, 4, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+        x = nn.functional.channel_shuffle(x, 2)  # misread by the graph: only the values tell
         return self.out(self.conv2(x).relu().mean((2, 3)))
 
 class Branching(Net):
