@@ -20,11 +20,13 @@ from benchmarks.plots import draw
 from benchmarks.recording import RESULTS
 from benchmarks.tables import all_tables, summaries
 
-KEY = ("question", "model", "work", "matmul", "ways")
+KEY = ("question", "model", "work", "matmul")
 
 
 def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The records of one machine and version as one.
+
+    A case replaces an earlier one of the same kind whose ways it has, too.
 
     Raises:
         ValueError: they are of several ones, or emulated.
@@ -36,14 +38,23 @@ def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         )
     if any(r["machine"]["emulated"] for r in records):
         raise ValueError("these are times of the emulator, which mean nothing; run on a GPU")
-    cases = {json.dumps([c[k] for k in KEY]): c for r in records for c in r["cases"]}
+    cases: list[dict[str, Any]] = []
+    for case in (c for r in records for c in r["cases"]):
+        covered = [i for i, other in enumerate(cases) if _covers(case, other)]
+        place = covered[0] if covered else len(cases)
+        cases = [c for i, c in enumerate(cases) if i not in covered]
+        cases.insert(place, case)
     limits = [r["ceilings"] for r in records if "ceilings" in r]
     return {
         "machine": records[-1]["machine"],
         "ceilings": limits[-1] if limits else {},
-        "cases": list(cases.values()),
+        "cases": cases,
         "not_reached": records[-1]["not_reached"],
     }
+
+
+def _covers(case: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(case[k] == other[k] for k in KEY) and set(other["ways"]) <= set(case["ways"])
 
 
 def write(results: dict[str, Any], folder: Path) -> list[Path]:

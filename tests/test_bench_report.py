@@ -177,6 +177,14 @@ def test_later_files_replace_the_same_cases(tmp_path: Path) -> None:
     assert both["cases"][0]["rounds"] == 99
 
 
+def test_a_case_with_more_ways_replaces_one_with_fewer() -> None:
+    few, many = results(), results()
+    few["cases"] = [case("vgg13", "penalty", {"orthoreg_ext": row(50)})]
+    many["cases"] = [case("vgg13", "penalty", {"orthoreg_ext": row(40), "eager": row(200, 5)})]
+    assert report.joined([few, many])["cases"] == many["cases"]
+    assert report.joined([many, few])["cases"] == many["cases"] + few["cases"]
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [({"slug": "another"}, "of several machines"), ({"emulated": True}, "mean nothing")],
