@@ -100,7 +100,7 @@ class EarlyBird(Method):
         return super().done or over
 
     @torch.no_grad()
-    def before_step(self) -> None:  # noqa: D102
+    def _before_step(self) -> None:
         if self.strength == 0 or self.done:
             return
         norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]

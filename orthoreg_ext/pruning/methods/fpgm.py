@@ -82,7 +82,7 @@ class FPGM(Method):
     def done(self) -> bool:  # noqa: D102
         return super().done or self.epochs >= self.duration
 
-    def before_step(self) -> None:  # noqa: D102
+    def _before_step(self) -> None:
         if not super().done:
             self._zeros.scale_gradients_()
 

@@ -87,7 +87,7 @@ class GReg1(Method):
         held = self._ended is not None and self.steps - self._ended >= self.hold
         return super().done or held
 
-    def before_step(self) -> None:  # noqa: D102
+    def _before_step(self) -> None:
         if super().done:
             return
         due = self._ended is None and self.steps % self.every == 0

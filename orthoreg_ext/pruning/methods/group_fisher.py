@@ -116,7 +116,7 @@ class GroupFisher(Method):
         total = sum(pool.original_filters for pool in self.engine.pools())
         return math.floor(ratio * total + 1e-9) / total  # as prune counts
 
-    def before_step(self) -> None:  # noqa: D102
+    def _before_step(self) -> None:
         self._gather()
 
     def after_step(self) -> None:

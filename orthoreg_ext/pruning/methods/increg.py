@@ -105,7 +105,7 @@ class IncReg(Method):
         return super().done or not bool((self._left() > 0).any())
 
     @torch.no_grad()
-    def before_step(self) -> None:  # noqa: D102
+    def _before_step(self) -> None:
         if super().done:
             return
         due = self.steps % self.every == 0 and self._updated != self.steps

@@ -31,8 +31,8 @@ class Method:
         result = method.finish()    # removes what is left to remove
 
     and may stop when ``method.done``. With a GradScaler, ``scaler.unscale_(optimizer)`` comes
-    before ``before_step``. A method writes these calls where it needs them, and what it has to
-    remember in :meth:`_state` and :meth:`_load`.
+    before ``before_step``. A method writes ``_before_step`` and the later calls where it needs them,
+    and what it has to remember in :meth:`_state` and :meth:`_load`.
 
     Args:
         model: pruned in place.
@@ -91,6 +91,7 @@ class Method:
             self.engine.check_ratio(ratio)
         self.steps = 0
         self.epochs = 0
+        self._is_ready = not self._acts_before_steps  # for after_step
         self._holders: Holders | None = None
         self._result: PruneResult | None = None
 
@@ -113,10 +114,31 @@ class Method:
 
     def before_step(self) -> None:
         """To be called after ``loss.backward()``, before ``optimizer.step()``."""
+        self._is_ready = True
+        self._before_step()
+
+    def _before_step(self) -> None:
+        """What the method does then."""
 
     def after_step(self) -> None:
-        """To be called after ``optimizer.step()``."""
+        """To be called after ``optimizer.step()``.
+
+        Raises:
+            RuntimeError: :meth:`before_step` was not called, so that the step went without what the
+                method adds.
+        """
+        if not self._is_ready:
+            raise RuntimeError(
+                f"{type(self).__name__}.after_step() was called without before_step(), so this "
+                "step went without what the method adds to the gradients: call before_step() "
+                "after loss.backward(), in front of every optimizer.step()"
+            )
+        self._is_ready = not self._acts_before_steps
         self.steps += 1
+
+    @property
+    def _acts_before_steps(self) -> bool:
+        return type(self)._before_step is not Method._before_step
 
     def after_epoch(self) -> None:
         """To be called after every epoch."""

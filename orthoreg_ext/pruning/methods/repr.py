@@ -89,7 +89,7 @@ class RePr(Method):
     def done(self) -> bool:  # noqa: D102
         return super().done or self.epochs >= self.rounds * self._cycle
 
-    def before_step(self) -> None:  # noqa: D102
+    def _before_step(self) -> None:
         if len(self.dropped) and not super().done:
             self._zeros.scale_gradients_()
 

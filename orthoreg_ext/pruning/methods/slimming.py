@@ -71,7 +71,7 @@ class Slimming(Method):
         return super().done or self.epochs >= self.duration
 
     @torch.no_grad()
-    def before_step(self) -> None:  # noqa: D102
+    def _before_step(self) -> None:
         if super().done:
             return
         check_gradients([held.parameter for held, _ in self._scales])

@@ -87,7 +87,7 @@ class TPP(Method):
     def done(self) -> bool:  # noqa: D102
         return super().done or self.held >= self.hold
 
-    def before_step(self) -> None:  # noqa: D102
+    def _before_step(self) -> None:
         strength = self.strength
         if strength == 0 or super().done:
             return

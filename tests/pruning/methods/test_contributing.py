@@ -36,6 +36,7 @@ def test_the_example_decays_prunes_and_resumes(x: Tensor) -> None:
     assert not found[2:].any()
     method.after_step()
     assert not method.done
+    method.before_step()
     method.after_step()
     assert method.done
     assert gone(method.finish()) == {"conv1": [0, 1], "conv2": [0, 1, 2]}

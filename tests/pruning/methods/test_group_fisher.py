@@ -217,11 +217,13 @@ def test_finish_without_a_gradient_says_so_and_leaves_no_hook() -> None:
     assert hooks_of(model, optimizer) == 0
 
 
-def test_a_loop_that_calls_nothing_before_the_step_is_told() -> None:
+def test_a_loop_without_backward_passes_is_told() -> None:
     model = small_net()
     optimizer = sgd(model)
     method = make(model, optimizer)
+    method.before_step()
     method.after_step()
+    method.before_step()
     with pytest.raises(ValueError, match="no finite gradient was seen in 2 steps"):
         method.after_step()
     assert hooks_of(model, optimizer) == 0

@@ -73,6 +73,24 @@ def test_lambda_is_exact_in_float64(cls: type[Method]) -> None:
     assert float(found.detach()) == pytest.approx(0.1, rel=1e-14)
 
 
+@pytest.mark.parametrize(
+    "kind", [TPP, GReg1, GReg2, IncReg, Slimming, EarlyBird, GroupFisher, FPGM, RePr]
+)
+def test_a_loop_that_forgets_to_call_before_the_step_is_told(kind: type[Method]) -> None:
+    model = small_net()
+    method = kind(model, example(), optimizer=sgd(model))
+    with pytest.raises(RuntimeError, match=rf"{kind.__name__}.after_step\(\) .* before_step"):
+        method.after_step()
+    assert method.steps == 0
+    model(batch(1)[0]).sum().backward()
+    method.before_step()
+    method.after_step()
+    assert method.steps == 1
+    with pytest.raises(RuntimeError, match="without before_step"):
+        method.after_step()
+    assert method.steps == 1
+
+
 @pytest.mark.parametrize("after", ["close", "finish", "step"])
 def test_group_fisher_without_its_hooks_is_told(after: str) -> None:
     model = small_net()
@@ -84,6 +102,7 @@ def test_group_fisher_without_its_hooks_is_told(after: str) -> None:
         with pytest.raises(ValueError, match="make the method anew"):
             method.finish()
     else:
+        method.before_step()
         with pytest.raises(ValueError, match="no finite gradient"):
             method.after_step()
     with pytest.raises(RuntimeError, match=r"0.000 of the filters .* the hooks are gone"):

@@ -271,6 +271,7 @@ def test_a_state_of_other_settings_is_refused(x: Tensor) -> None:
         with pytest.raises(ValueError, match="settings"):
             TPP(Small(), x, **other).load_state_dict(state)
     begun = TPP(Small(), x, **QUICK)
+    begun.before_step()
     begun.after_step()
     with pytest.raises(ValueError, match="begun"):
         begun.load_state_dict(state)
