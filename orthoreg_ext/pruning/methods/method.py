@@ -31,7 +31,7 @@ class Method:
         result = method.finish()    # removes what is left to remove
 
     and may stop when ``method.done``. With a GradScaler, ``scaler.unscale_(optimizer)`` comes
-    before ``before_step``. A method writes ``_before_step`` and the later calls where it needs them,
+    before ``before_step``. A method writes ``_before_step`` and the later calls as it needs them,
     and what it has to remember in :meth:`_state` and :meth:`_load`.
 
     Args:
