@@ -131,17 +131,15 @@ def _parser() -> argparse.ArgumentParser:
         "disturbed are left out.",
         allow_abbrev=False,
     )
-    bench.add_argument("model", metavar="MODEL", help="vgg, resnet, or pkg.module:factory")
+    _add_model(bench)
     bench.add_argument(
         "--penalty", default="orthoreg", metavar="NAME", help="the penalty (%(default)s)"
     )
     bench.add_argument(
         "--seconds", type=float, default=20.0, metavar="X", help="for all timing (%(default)s)"
     )
-    bench.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)"
-    )
-    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
+    _add_device(bench)
+    _add_threads(bench)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
 
     analyze = commands.add_parser(
@@ -152,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         "singular values of the Jacobian. docs/diagnostics.md says what they mean.",
         allow_abbrev=False,
     )
-    analyze.add_argument("model", metavar="MODEL", help="vgg, resnet, or pkg.module:factory")
+    _add_model(analyze)
     analyze.add_argument(
         "--data", metavar="NAME", help="digits, DIR/class/*.png or file.npz; its training images"
     )
@@ -165,16 +163,28 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of parameters and images (%(default)s)"
     )
-    analyze.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)"
-    )
-    analyze.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
+    _add_device(analyze)
+    _add_threads(analyze)
     analyze.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     analyze.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw them there (.svg, .png, .pdf)"
     )
     _add_sensitivity(commands)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="vgg, resnet, or pkg.module:factory")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)"
+    )
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
 
 
 def _add_sensitivity(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -186,7 +196,7 @@ def _add_sensitivity(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--weights says.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="vgg, resnet, or pkg.module:factory")
+    _add_model(parser)
     parser.add_argument(
         "--data", default="digits", metavar="DATA", help="digits, a folder or an .npz (%(default)s)"
     )
@@ -214,9 +224,7 @@ def _add_sensitivity(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="N",
         help="training images for the criterion's gradients (%(default)s)",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)"
-    )
+    _add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
 

@@ -75,52 +75,52 @@ class Constant(_Fixed):
 
 
 @dataclass(frozen=True)
-class Linear(_Fixed):
+class _Ramp(_Fixed):
+    """From `start` to `end` in `steps` steps.
+
+    Raises:
+        ValueError: start or end is no finite number of at least 0, or steps is below 1.
+    """
+
+    steps: int
+    start: float = 1.0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        _check_count("steps", self.steps)
+        _check_factor("start", self.start)
+        _check_factor("end", self.end)
+
+    def __call__(self, step: int) -> float:
+        """The factor at that step; `end` from step `steps` on, exactly."""
+        return self.end if step >= self.steps else self._before_end(step)
+
+    def _before_end(self, step: int) -> float:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Linear(_Ramp):
     """start + (end - start) * min(step / steps, 1).
 
     Raises:
         ValueError: start or end is no finite number of at least 0, or steps is below 1.
     """
 
-    steps: int
-    start: float = 1.0
-    end: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        _check_count("steps", self.steps)
-        _check_factor("start", self.start)
-        _check_factor("end", self.end)
-
-    def __call__(self, step: int) -> float:
-        """The factor at that step; `end` from step `steps` on, exactly."""
-        if step >= self.steps:
-            return self.end
+    def _before_end(self, step: int) -> float:
         return self.start + (self.end - self.start) * (step / self.steps)
 
 
 @dataclass(frozen=True)
-class Cosine(_Fixed):
+class Cosine(_Ramp):
     """end + (start - end) * (1 + cos(pi * min(step / steps, 1))) / 2.
 
     Raises:
         ValueError: start or end is no finite number of at least 0, or steps is below 1.
     """
 
-    steps: int
-    start: float = 1.0
-    end: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        _check_count("steps", self.steps)
-        _check_factor("start", self.start)
-        _check_factor("end", self.end)
-
-    def __call__(self, step: int) -> float:
-        """The factor at that step; `end` from step `steps` on, exactly."""
-        if step >= self.steps:
-            return self.end
+    def _before_end(self, step: int) -> float:
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
