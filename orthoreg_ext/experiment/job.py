@@ -10,8 +10,6 @@ its own, so that a run which was interrupted ends with the same numbers as one t
 from __future__ import annotations
 
 import copy
-import importlib.metadata
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -23,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from .. import pruning
-from ..build_info import build_info
 from ..regularizer import OrthoRegularizer
+from ..report.scores import ScoreRecorder
 from . import measure
 from .checks import check_backend, check_export, check_packages, refusing
 from .data import Dataset, load_dataset
@@ -137,7 +135,11 @@ class Job:
             check_export(network, self.train.batch(slice(0, 2))[0])
 
     def _cut(
-        self, model: nn.Module, criterion: str, ratio: float, samples: int = CALIBRATION
+        self,
+        model: nn.Module,
+        criterion: str | pruning.Criterion,
+        ratio: float,
+        samples: int = CALIBRATION,
     ) -> pruning.PruneResult:
         """Cuts the network by a criterion, on samples of the training images, in eval mode."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
@@ -186,7 +188,8 @@ class Job:
             # of what is left, so that what rounding spared before goes now
             grown = arm.cuts[0].prunable[0] / arm.cuts[-1].prunable[1] if arm.cuts else 1.0
             ratio = 1 - (1 - step.gone) * grown
-            result = self._cut(model, arm.criterion, ratio)
+            recorder = ScoreRecorder(arm.criterion)
+            result = self._cut(model, recorder.criterion, ratio)
             prunable = [row for row in result.layers if not row.reason]
             training.optimizer = self.optimizer(model)
             arm.checkpoint = extended(arm.checkpoint, result.document(), step.cut + 1)
@@ -199,6 +202,7 @@ class Job:
                     after=Size.of(result.after),
                     prunable=(sum(r.before for r in prunable), sum(r.after for r in prunable)),
                     layers=[(row.name, row.before, row.after) for row in result.layers],
+                    scores=recorder.counts(result)[0] if arm.seed == settings.seed else None,
                 )
             )
             return cut_line(arm, arm.cuts[-1])
@@ -245,7 +249,14 @@ class Job:
             arm.layer_correlations = measure.correlation_by_layer(model)
         if arm.seed != self.settings.seed:
             return
-        self.run.matrix_layer, matrix = measure.correlation_matrix(model)
+        if when == "before":
+            arm.sensitivity, arm.sensitivity_note = measure.sensitivity(
+                model, self.example, self.train, self.test, arm.criterion
+            )
+        else:
+            arm.final_correlations = measure.correlation_by_layer(model)
+        name, matrix = measure.correlation_matrix(model, self.run.matrix_layer)
+        self.run.matrix_layer = name
         self.kept[f"kept.matrix.{arm.name} {when}"] = matrix.cpu()
         if when == "after" and arm.regularised:
             for key, value in model.state_dict().items():
@@ -340,21 +351,12 @@ def run(
 
 def new_run(settings: Settings, dataset: Dataset) -> Run:
     """Returns the record of a run that is about to begin."""
-    info = build_info()
-    versions = {
-        "orthoreg_ext": info["version"],
-        "torch": info["torch"]["version"],
-        "torch-pruning": importlib.metadata.version("torch-pruning"),
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "operators": f"CPU {info['cpu']['runs']}, backend {info['backend']}",
-    }
     arms = [
         Arm(seed, regularised, settings.criterion if regularised else "l1")
         for seed in settings.seeds_used()
         for regularised in (True, False)
     ]
-    return Run(settings, versions, described(dataset), arms)
+    return Run(settings, measure.versions(settings.device), described(dataset), arms)
 
 
 def described(dataset: Dataset) -> dict[str, Any]:
