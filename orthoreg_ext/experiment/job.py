@@ -247,14 +247,14 @@ class Job:
         """Keeps of the first seed's networks what the report draws and the files hold."""
         if when == "before":
             arm.layer_correlations = measure.correlation_by_layer(model)
+        else:
+            arm.final_correlations = measure.correlation_by_layer(model)
         if arm.seed != self.settings.seed:
             return
         if when == "before":
             arm.sensitivity, arm.sensitivity_note = measure.sensitivity(
                 model, self.example, self.train, self.test, arm.criterion
             )
-        else:
-            arm.final_correlations = measure.correlation_by_layer(model)
         name, matrix = measure.correlation_matrix(model, self.run.matrix_layer)
         self.run.matrix_layer = name
         self.kept[f"kept.matrix.{arm.name} {when}"] = matrix.cpu()

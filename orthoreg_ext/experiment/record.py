@@ -65,9 +65,9 @@ class Arm:
     cuts: list[Cut] = field(default_factory=list)
     layer_correlations: dict[str, float] = field(default_factory=dict)  # before the first cut
     checkpoint: dict[str, Any] = field(default_factory=dict)  # replays all cuts
-    # of the first seed's networks; old runs have neither
+    # runs of older versions have neither
     final_correlations: dict[str, float] = field(default_factory=dict)  # pruned and fine-tuned
-    sensitivity: Sensitivity | None = None  # before the first cut
+    sensitivity: Sensitivity | None = None  # before the first cut, of the first seed's networks
     sensitivity_note: str = ""  # why there is none
 
     @property

@@ -43,37 +43,49 @@ class Path:
 
 
 def tradeoff(paths: Sequence[Path], caption: str) -> str:
-    """Accuracy against MACs: solid between trained networks, dashed for what a cut costs."""
+    """Accuracy against MACs: solid between trained networks, dashed for what a cut costs.
+
+    Where cuts cost most of the accuracy, the trained networks are shown once more, closer.
+    """
+    trained = [value for path in paths for step in path.steps for value in (step[1], step[4])]
+    cut = [step[3] for path in paths for step in path.steps]
+    panels = [("With the drop at each cut", _tradeoff(paths, [*trained, *cut], True))]
+    if min(trained) > min(cut) + 10:
+        panels.append(("Trained networks only, closer", _tradeoff(paths, trained, False)))
+    return figure(panels, caption, _legend(paths))
+
+
+def _tradeoff(paths: Sequence[Path], values: Sequence[float], drops: bool) -> str:
     macs = [macs for path in paths for step in path.steps for macs in (step[0], step[2])]
-    values = [value for path in paths for step in path.steps for value in (step[1], *step[3:])]
     low, high = min(macs), max(macs)
-    log = high > 8 * low
     title = "multiply-accumulates of one image"
     across = Axis(0.8 * low, 1.25 * high, title, log=True)
     if high < 8 * low or len(across.ticks()) < 2:
         across = Axis(0, 1.05 * high, title)
-    chart = Chart(across, _percent(values, "accuracy, %"), height=260)
+    chart = Chart(across, _percent(values, "accuracy, %"), height=240)
     for path in sorted(paths, key=lambda path: path.main):
-        kind = path.arm.kind + (" thick" if path.main else "")
-        trained = [(path.steps[0][0], path.steps[0][1])]
-        trained += [(step[2], step[4]) for step in path.steps]
-        chart.line(trained, kind)
+        name, kind = path.arm.name, path.arm.kind
+        points = [(path.steps[0][0], path.steps[0][1])]
+        points += [(step[2], step[4]) for step in path.steps]
+        chart.line(points, f"{kind} thick" if path.main else kind)
         if not path.main:
             continue
-        for before, accuracy, after, worst, _ in path.steps:
-            chart.line([(before, accuracy), (after, worst)], f"{path.arm.kind} dashed")
-            tip = f"{path.arm.name}, just cut: {worst:.2f} % at {number(after)}MACs"
-            chart.dot(after, worst, f"{path.arm.kind} gone", _spaced(tip))
-        for macs_, accuracy in trained:
-            tip = f"{path.arm.name}, trained: {accuracy:.2f} % at {number(macs_)}MACs"
-            chart.dot(macs_, accuracy, path.arm.kind, _spaced(tip))
+        for before, accuracy, after, worst, _ in path.steps if drops else ():
+            chart.line([(before, accuracy), (after, worst)], f"{kind} dashed")
+            chart.dot(after, worst, f"{kind} gone", _tip(f"{name}, just cut", worst, after))
+        for size, accuracy in points:
+            chart.dot(size, accuracy, kind, _tip(f"{name}, trained", accuracy, size))
     said = "; ".join(
-        f"{path.arm.name} {path.steps[0][1]:.2f} % at {number(path.steps[0][0])} MACs, tuned "
-        f"{path.steps[-1][4]:.2f} % at {number(path.steps[-1][2])} MACs"
+        f"{_tip(path.arm.name, path.steps[0][1], path.steps[0][0])}; "
+        f"{_tip('pruned and tuned', path.steps[-1][4], path.steps[-1][2])}"
         for path in paths
         if path.main
     )
-    return figure([("", chart.svg(f"Accuracy against MACs: {said}"))], caption, _legend(paths))
+    return chart.svg(f"Accuracy against MACs. {said}")
+
+
+def _tip(what: str, accuracy: float, macs: float) -> str:
+    return f"{what}: {accuracy:.2f} % at {macs:,.0f} MACs"
 
 
 @dataclass(frozen=True)
@@ -127,44 +139,57 @@ class Bar:
     before: float | None = None
 
 
-def layer_bars(rows: Mapping[str, Sequence[Bar]], what: str, caption: str, digits: int = 4) -> str:
-    """A row for each layer, a bar in it for each network.
+def layer_bars(
+    panels: Mapping[str, Mapping[str, Sequence[Bar]]], what: str, caption: str, digits: int = 4
+) -> str:
+    """A row for each layer, a bar in it for each network, all on one scale.
 
     Args:
-        rows: the bars by layer.
+        panels: by title, the bars by layer.
         what: the numbers are; names the picture.
         caption: of the figure.
         digits: significant digits of what is written behind a bar.
     """
-    thick, gap = (11, 8) if len(rows) <= 20 else (9, 6)
-    names = min(max((len(name) for name in rows), default=0), 17)
-    left, room = 8 + 6.8 * names, 84
-    highest = max(max(bar.after, bar.before or 0) for bars in rows.values() for bar in bars) or 1
+    every = [bar for rows in panels.values() for bars in rows.values() for bar in bars]
+    highest = max((max(bar.after, bar.before or 0) for bar in every), default=0) or 1
+    drawn = [
+        (title, _layer_bars(rows, f"{what} {title}".strip(), highest, digits))
+        for title, rows in panels.items()
+    ]
+    return figure(drawn, caption, {bar.arm.name: bar.arm.kind for bar in every})
+
+
+def _layer_bars(rows: Mapping[str, Sequence[Bar]], what: str, highest: float, digits: int) -> str:
+    thick, gap = (11, 8) if len(rows) <= 20 else (10, 5)
+    names = min(max(map(len, rows), default=0), 17)
+    left, room = 8 + 6.8 * names, 86
+    scale = (WIDTH - left - room) / highest
     parts, down, spoken = [], 2.0, []
     for name, bars in rows.items():
-        shown = name if len(name) <= names else f"…{name[1 - names :]}"
         middle = down + (thick + 2) * len(bars) / 2 + 3
-        parts.append(f"<g><title>{escape(name)}</title>{label(0, middle, shown)}</g>")
+        parts.append(_row_name(name, names, middle))
         for bar in bars:
-            length = (WIDTH - left - room) / highest
-            text = f"{bar.after:.{digits}g}"
+            text = number(bar.after, digits)
             if bar.before is not None:
                 kind = f"bar {bar.arm.kind} gone"
-                parts.append(box(left, down, max(bar.before * length, 0.5), thick, kind))
-                text = f"{bar.before:.{digits}g} → {text}"
+                parts.append(box(left, down, max(bar.before * scale, 0.5), thick, kind))
+                text = f"{number(bar.before, digits)} → {text}"
             tip = f"{bar.arm.name}: {text}"
-            parts.append(
-                box(left, down, max(bar.after * length, 0.5), thick, f"bar {bar.arm.kind}", tip)
-            )
-            end = left + max(bar.after, bar.before or 0) * length + 5
+            kind = f"bar {bar.arm.kind}"
+            parts.append(box(left, down, max(bar.after * scale, 0.5), thick, kind, tip))
+            end = left + max(bar.after, bar.before or 0) * scale + 5
             parts.append(label(end, down + thick - 1.5, text))
             spoken.append(f"{name} {tip}")
             down += thick + 2
         down += gap
-    arms = [Path(bar.arm, ()) for bars in rows.values() for bar in bars]
     said = "; ".join(spoken) if len(spoken) <= 40 else f"{len(rows)} layers, see the table"
-    chart = picture(WIDTH, down, "".join(parts), f"{what}: {said}")
-    return figure([("", chart)], caption, _legend(arms))
+    return picture(WIDTH, down, "".join(parts), f"{what}: {said}")
+
+
+def _row_name(name: str, most: int, down: float, tip: str = "") -> str:
+    """The name of a row, its end if it is too long; whole under the pointer."""
+    shown = name if len(name) <= most else f"…{name[1 - most :]}"
+    return f"<g><title>{escape(tip or name)}</title>{label(0, down, shown)}</g>"
 
 
 def heat_maps(found: Mapping[str, Tensor], caption: str) -> str:
@@ -183,7 +208,7 @@ def heat_maps(found: Mapping[str, Tensor], caption: str) -> str:
         said = f"{title}: {len(matrix)} filters, {mean} between two, largest {matrix.max():.4f}"
         svg = heat(_at_most(matrix / top, CELLS), f"heat-{next(numbers)}", said)
         panels.append((f"{title}: {len(matrix)} filters, {mean}", svg))
-    return figure(panels, caption, {f"0 to {top:.3g}": "scale"})
+    return figure(panels, caption, {f"0 to {top:.3g}": "scale"}, "half")
 
 
 def score_histograms(found: Mapping[str, tuple[Arm, ScoreCounts]], caption: str) -> str:
@@ -224,9 +249,8 @@ def _ridges(arm: Arm, counts: ScoreCounts) -> str:
     step = (right - left) / len(counts.kept[0])
     for name, kept, gone in zip(counts.layers, counts.kept, counts.gone, strict=True):
         highest = max(a + b for a, b in zip(kept, gone, strict=True))
-        shown = name if len(name) <= names else f"…{name[1 - names :]}"
         tip = f"{name}: {sum(gone)} of {sum(kept) + sum(gone)} removed"
-        parts.append(f"<g><title>{escape(tip)}</title>{label(0, down + high - 4, shown)}</g>")
+        parts.append(_row_name(name, names, down + high - 4, tip))
         base = down + high
         for i, (stay, go) in enumerate(zip(kept, gone, strict=True)):
             for size, under, kind in ((go, 0, " gone"), (stay, go, "")):
@@ -273,9 +297,7 @@ def sensitivities(found: Sequence[tuple[Arm, Sensitivity]], caption: str) -> str
         title = name + (f" + {len(group.layers) - 1}" if len(group.layers) > 1 else "")
         said = f"{metric} against the share of {name} removed: {'; '.join(spoken)}"
         panels.append((f"{title} ({group.units})", chart.svg(said)))
-    arms = [Path(arm, ()) for arm, _ in found]
-    drawn = figure(panels, caption, _legend(arms))
-    return drawn.replace('class="panels"', 'class="panels small"')
+    return figure(panels, caption, {arm.name: arm.kind for arm, _ in found}, "small")
 
 
 def _percent(values: Sequence[float], title: str) -> Axis:
@@ -285,10 +307,6 @@ def _percent(values: Sequence[float], title: str) -> Axis:
 
 def _legend(marked: Sequence[Path | Course]) -> dict[str, str]:
     return {entry.arm.name: entry.arm.kind for entry in marked}
-
-
-def _spaced(tip: str) -> str:
-    return tip.replace("MACs", " MACs").replace("  ", " ")
 
 
 def _at_most(matrix: Tensor, size: int) -> Tensor:  # [n, n] -> [m, m], m <= size

@@ -85,13 +85,16 @@ def table(
     # a box that scrolls has to be reachable by keyboard
     return (
         f'<div class="scroll" role="region" aria-label="{escape(title)}" tabindex="0">'
-        f'<table class="{kind}"><caption>{escape(title)}</caption>'
+        f'<table class="{kind}"><caption><span>{escape(title)}</span></caption>'
         f"<thead><tr>{first}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
 
 
 def figure(
-    panels: Iterable[tuple[str, str]], caption: str, legend: Mapping[str, str] | None = None
+    panels: Iterable[tuple[str, str]],
+    caption: str,
+    legend: Mapping[str, str] | None = None,
+    size: str = "",
 ) -> str:
     """Returns pictures side by side, below each other on a phone, with one caption.
 
@@ -99,6 +102,7 @@ def figure(
         panels: title (may be empty) and SVG of each.
         caption: what they show.
         legend: CSS classes of each mark, by what it stands for.
+        size: ``"half"`` of the page for each picture, ``"small"`` for a quarter.
     """
     marks = "".join(
         f'<li><span class="mark {kind}" aria-hidden="true"></span>{escape(text)}</li>'
@@ -108,10 +112,12 @@ def figure(
         '<div class="panel">' + (f"<h3>{escape(title)}</h3>" if title else "") + f"{svg}</div>\n"
         for title, svg in panels
     )
+    classes = f"panels {size}".strip()
     return (
         "<figure>"
         + (f'<ul class="legend" aria-label="Legend">{marks}</ul>' if marks else "")
-        + f'<div class="panels">{drawn}</div><figcaption>{escape(caption)}</figcaption></figure>'
+        + f'<div class="{classes}">{drawn}</div>'
+        + f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 

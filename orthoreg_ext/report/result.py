@@ -145,7 +145,7 @@ def _correlation(result: PruneResult, unpruned: nn.Module, chosen: str | None) -
     first, second = Arm("before", "twin"), Arm("after", "own")
     rows = {name: [Bar(first, means[0][name]), Bar(second, means[1][name])] for name in names}
     return figures.layer_bars(
-        rows,
+        {"": rows},
         "Mean correlation by layer",
         "Mean |cosine| between the filters of a layer, of the unpruned model and of this one.",
         digits=2,
@@ -166,7 +166,7 @@ def _widths(result: PruneResult) -> str:
     caption = "Filters of each layer before (outline) and after (solid)."
     cells = [(row.name, str(row.before), str(row.after), row.reason) for row in result.layers]
     rounds = sorted({entry["round"] for entry in result.history})
-    body = figures.layer_bars(rows, "Filters by layer", caption)
+    body = figures.layer_bars({"": rows}, "Filters by layer", caption)
     body += folded("The numbers", table("Layers", ("layer", "before", "after", "why"), cells))
     if len(rounds) > 1:
         found = [(str(number), *_removed(result, number)) for number in rounds]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from html import escape
 from typing import TYPE_CHECKING
@@ -61,7 +62,7 @@ def _lede(run: Run) -> str:
         for v in verdicts(run)
     )
     return f"""<p>One network was trained with the <code>{escape(settings.penalty)}</code> penalty
-and cut by <code>{escape(settings.criterion)}</code>; its twin, with the same parameters at first and
+and cut by <code>{escape(settings.criterion)}</code>; its twin, with the same initial parameters and
 the same batches, was trained without it and cut by <code>l1</code>. Both were fine-tuned alike,
 without it. Numbers are {_seeds_named(run)}.</p>
 <ul class="verdicts">{marks}</ul>"""
@@ -73,7 +74,7 @@ def _result(run: Run) -> str:
     return table(
         f"Before the first cut → after the last; {_seeds_named(run)}",
         ("", "regularised", "twin"),
-        [tuple(cell.replace("->", "→") for cell in row) for row in rows(run)],
+        [[_unbroken(cell) for cell in row] for row in rows(run)],
     ) + note(
         f"Latency: median of interleaved runs on the machine below, networks of seed "
         f"{run.settings.seed}."
@@ -116,38 +117,34 @@ def _course(run: Run) -> str:
 
 def _correlation(run: Run, matrices: Mapping[str, Tensor]) -> str:
     first = {arm.name: arm for arm in run.arms if arm.seed == run.settings.seed}
-    layers = list(run.arms[0].layer_correlations)
-    rows = {
-        layer: [
-            Bar(
-                _marked(arm),
-                run.median(arm.regularised, lambda a, n=layer: a.layer_correlations.get(n, 0.0)),  # type: ignore[misc]
-            )
-            for arm in first.values()
-        ]
-        for layer in layers
+    found: dict[tuple[str, str], dict[str, float]] = {}  # by network and moment: by layer
+    for name, arm in first.items():
+        side = run.side(arm.regularised)
+        found[name, "before"] = _medians([other.layer_correlations for other in side])
+        found[name, "after"] = _medians([other.final_correlations for other in side])
+    titles = {"before": "Trained, before the cut", "after": "Pruned and fine-tuned"}
+    panels = {
+        title: {
+            layer: [Bar(_marked(arm), found[name, when][layer]) for name, arm in first.items()]
+            for layer in found["regularised", "before"]
+            if all(layer in found[name, when] for name in first)
+        }
+        for when, title in titles.items()
     }
     bars = figures.layer_bars(
-        rows,
+        {title: rows for title, rows in panels.items() if rows},
         "Mean correlation by layer",
-        f"Mean |cosine| between the filters of a layer, trained, before the first cut; "
-        f"{_seeds_named(run)}.",
+        f"Mean |cosine| between the filters of a layer; {_seeds_named(run)}.",
         digits=2,
     )
-    head = ("layer", *(f"{name}, {when}" for name in first for when in ("before", "after")))
-    after = table(
-        f"Mean |cosine| by layer, seed {run.settings.seed}; after: pruned and fine-tuned",
-        head,
+    if not panels[titles["after"]]:
+        bars += note(f"After the cut: {OLD[0].lower()}{OLD[1:]}")
+    numbers = table(
+        f"Mean |cosine| by layer; {_seeds_named(run)}",
+        ("layer", *(f"{name}, {when}" for name, when in found)),
         [
-            (
-                layer,
-                *(
-                    f"{found[layer]:.4f}" if layer in found else "-"
-                    for arm in first.values()
-                    for found in (arm.layer_correlations, arm.final_correlations)
-                ),
-            )
-            for layer in layers
+            (layer, *(f"{m[layer]:.4f}" if layer in m else "-" for m in found.values()))
+            for layer in found["regularised", "before"]
         ],
     )
     names = [f"{name} {when}" for when in ("before", "after") for name in first]
@@ -157,7 +154,7 @@ def _correlation(run: Run, matrices: Mapping[str, Tensor]) -> str:
         f"{run.settings.seed}, all on one scale; the diagonal is left out. Before: trained. After: "
         "pruned and fine-tuned.",
     )
-    return bars + folded("The numbers, before and after", after) + maps
+    return bars + folded("The numbers", numbers) + maps
 
 
 def _scores(run: Run) -> str:
@@ -227,7 +224,7 @@ def _widths(run: Run) -> str:
         for i, name in enumerate(names)
     ]
     head = ("layer", "before", *(f"{arm.name}, after" for arm in arms))
-    return figures.layer_bars(rows, "Filters by layer", caption) + folded(
+    return figures.layer_bars({"": rows}, "Filters by layer", caption) + folded(
         "The numbers", table(f"Filters of each layer, seed {run.settings.seed}", head, cells)
     )
 
@@ -295,6 +292,16 @@ def command(run: Run) -> str:
     return " \\\n  ".join(["orthoreg prune", *options])
 
 
+def _medians(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median over the seeds of the correlation of each layer."""
+    layers = found[0]
+    return {
+        name: statistics.median(seed[name] for seed in found)
+        for name in layers
+        if all(name in seed for seed in found)
+    }
+
+
 def _marked(arm: Arm) -> figures.Arm:
     return figures.Arm(arm.name, "own" if arm.regularised else "twin")
 
@@ -330,6 +337,14 @@ def _points(arm: Arm, main: bool) -> Course:
     trained = [epoch for epoch in arm.epochs if epoch.stage == "train"]
     penalties = [(float(epoch.epoch), epoch.penalty) for epoch in trained if arm.regularised]
     return Course(_marked(arm), points, penalties, cuts, main)
+
+
+def _unbroken(cell: str) -> str:
+    """A cell that only breaks behind its arrow."""
+    parts = cell.split(" -> ")
+    if len(parts) == 1:
+        return cell
+    return " → ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
 
 
 def _titled(name: str, number: int, cuts: int) -> str:

@@ -115,12 +115,12 @@ class ScoreRecorder:
             if slot.has_filters:
                 for unit, channel in zip(slot.units.tolist(), slot.channels.tolist(), strict=True):
                     filters.setdefault(unit, (slot.layer, channel))
-        self._scored.append(
-            [
-                _Group(group.name, values.tolist(), [filters[u] for u in group.units.tolist()])
-                for group, values in zip(evidence.structure.prunable, scores, strict=True)
-            ]
-        )
+        order = {name: place for place, (name, _) in enumerate(evidence.model.named_modules())}
+        groups = [
+            _Group(group.name, values.tolist(), [filters[u] for u in group.units.tolist()])
+            for group, values in zip(evidence.structure.prunable, scores, strict=True)
+        ]
+        self._scored.append(sorted(groups, key=lambda group: order.get(group.layer, len(order))))
         return scores
 
 

@@ -57,14 +57,14 @@ class Axis:
         return [value for value in found if value <= self.high + 1e-9 * span]
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 4) -> str:
     """Returns a number as short as an axis needs it: 20, 0.5, 1.5 M, 10⁻⁴."""
     size = abs(value)
     for scale, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if size >= scale and size >= 1e4:
             return f"{value / scale:.3g}{unit}"
     if size == 0 or size >= 1e-3:
-        return f"{value:.4g}"
+        return f"{value:.{digits}g}"
     power = math.floor(math.log10(size) + 1e-9)
     factor = value / 10.0**power
     mantissa = "" if abs(factor - 1) < 1e-6 else f"{factor:.2g}·"
