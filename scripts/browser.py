@@ -13,6 +13,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+PATIENCE = 120  # seconds
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _OPTIONS = (
     "--headless",
@@ -158,6 +160,8 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            if not select.select([self._read], [], [], PATIENCE)[0]:
+                raise RuntimeError(f"the browser did not answer for {PATIENCE} s")
             content = os.read(self._read, 1 << 20)
             if not content:
                 raise RuntimeError("the browser ended")

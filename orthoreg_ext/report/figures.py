@@ -252,17 +252,24 @@ def _ridges(arm: Arm, counts: ScoreCounts) -> str:
         tip = f"{name}: {sum(gone)} of {sum(kept) + sum(gone)} removed"
         parts.append(_row_name(name, names, down + high - 4, tip))
         base = down + high
-        for i, (stay, go) in enumerate(zip(kept, gone, strict=True)):
-            for size, under, kind in ((go, 0, " gone"), (stay, go, "")):
-                if size:
-                    tall = high * size / highest
-                    top = base - high * under / highest - tall
-                    place = left + i * step
-                    parts.append(box(place, top, step - 0.6, tall, f"bar {arm.kind}{kind}"))
+        for kind, sizes, under in ((" gone", gone, [0] * len(gone)), ("", kept, gone)):
+            bars = "".join(
+                f"M{left + i * step:.1f} {base - high * low / highest:.1f}h{step - 0.6:.1f}"
+                f"v{-high * size / highest:.1f}h{0.6 - step:.1f}z"
+                for i, (size, low) in enumerate(zip(sizes, under, strict=True))
+                if size
+            )
+            if bars:
+                parts.append(f'<path class="bar {arm.kind}{kind}" d="{bars}"/>')
         parts.append(f'<path class="axis" d="M{left:.1f} {base:.1f}H{right}"/>')
         down += high + 6
     cut = left + axis.share(min(max(counts.cut, axis.low), axis.high)) * (right - left)
     parts.append(f'<path class="rule" d="M{cut:.1f} 0V{down - 6:.1f}"/>')
+    for value in axis.ticks(5):
+        across = left + axis.share(value) * (right - left)
+        parts.append(f'<path class="axis" d="M{across:.1f} {down - 6:.1f}v4"/>')
+        parts.append(label(min(across, right - 6), down + 9, number(value), "middle"))
+    down += 14
     said = "; ".join(
         f"{name} {sum(gone)} of {sum(kept) + sum(gone)}"
         for name, kept, gone in zip(counts.layers, counts.kept, counts.gone, strict=True)
@@ -302,7 +309,7 @@ def sensitivities(found: Sequence[tuple[Arm, Sensitivity]], caption: str) -> str
 
 def _percent(values: Sequence[float], title: str) -> Axis:
     """An axis for percentages: from 0, or closer where none is below 60."""
-    return Axis(0 if min(values) < 60 else 5 * (int(min(values)) // 5 - 1), 102, title)
+    return Axis(0 if min(values) < 60 else 5 * (int(min(values)) // 5), 102, title)
 
 
 def _legend(marked: Sequence[Path | Course]) -> dict[str, str]:

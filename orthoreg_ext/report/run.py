@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,7 +59,7 @@ def _lede(run: Run) -> str:
     settings = run.settings
     marks = "".join(
         f'<li class="{"yes" if v.holds else "no"}"><b>{"yes" if v.holds else "no"}</b> '
-        f"{escape(v.text)}</li>"
+        f"{escape(_units_stay(v.text))}</li>"
         for v in verdicts(run)
     )
     return f"""<p>One network was trained with the <code>{escape(settings.penalty)}</code> penalty
@@ -337,6 +338,11 @@ def _points(arm: Arm, main: bool) -> Course:
     trained = [epoch for epoch in arm.epochs if epoch.stage == "train"]
     penalties = [(float(epoch.epoch), epoch.penalty) for epoch in trained if arm.regularised]
     return Course(_marked(arm), points, penalties, cuts, main)
+
+
+def _units_stay(text: str) -> str:
+    """A text that does not break between a number and its unit."""
+    return re.sub(r"(\d) (?=[%kMG]\b|%)", "\\1\N{NO-BREAK SPACE}", text)
 
 
 def _unbroken(cell: str) -> str:

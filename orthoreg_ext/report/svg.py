@@ -87,7 +87,7 @@ class Chart:
     ) -> None:
         self.x, self.y, self.width, self.height = x, y, width, height
         self.left, self.right = left, width - 10
-        self.top, self.bottom = 22, height - (34 if x.label else 18)
+        self.top, self.bottom = 24 if y.label else 8, height - (34 if x.label else 18)
         self._parts: list[str] = []
         self._axes()
 
@@ -121,15 +121,15 @@ class Chart:
         )
 
     def rule(self, x: float, text: str = "") -> None:
-        """A dashed vertical line, with a text at its top on the side where there is room."""
+        """A dashed vertical line, with a text above the plane."""
         across, _ = self.at(x, self.y.low)
-        place = f'x1="{across:.1f}" x2="{across:.1f}" y1="{self.top - 4}" y2="{self.bottom}"'
-        self._parts.append(f'<line class="rule" {place}/>')
+        top = self.top - 6 if text else self.top
+        self._parts.append(f'<path class="rule" d="M{across:.1f} {top}V{self.bottom}"/>')
         if text:
-            near = across < (self.left + self.right) / 2
-            self._parts.append(
-                label(across + (4 if near else -4), self.top + 5, text, "start" if near else "end")
-            )
+            after_label = 8 + 6.5 * len(self.y.label)
+            right = self.width - 3.5 * len(text)
+            middle = max(min(across, right), after_label + 3.5 * len(text))
+            self._parts.append(label(middle, 14, text, "middle"))
 
     def svg(self, name: str) -> str:
         """Returns the picture; `name` says in words what it shows."""
