@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -88,7 +89,7 @@ def test_headings_contents_tables_and_pictures_have_names() -> None:
     levels = [int(heading[1]) for heading in page.headings]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
     contents = [a["href"] for a in page.all("a")]
     assert contents == [f"#{key}" for key in SECTIONS]
     assert [s["id"] for s in page.all("section")] == SECTIONS
