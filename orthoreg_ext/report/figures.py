@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from ..pruning import Sensitivity
-from .page import figure
+from .page import figure, folded
 from .scores import ScoreCounts
 from .svg import WIDTH, Axis, Chart, box, heat, label, number, picture
 
 CELLS = 128  # rows of a heat map; larger matrices are averaged
+OPEN_ROWS = 24  # layers of score histograms that are not folded away
 
 
 @dataclass(frozen=True)
@@ -212,11 +213,19 @@ def heat_maps(found: Mapping[str, Tensor], caption: str) -> str:
 
 
 def score_histograms(found: Mapping[str, tuple[Arm, ScoreCounts]], caption: str) -> str:
-    """Scores of all units, kept (solid) and removed (outline), all together and by layer."""
-    panels = []
-    for title, (arm, counts) in found.items():
-        panels += [(title, _all_scores(arm, counts)), (f"{title}, by layer", _ridges(arm, counts))]
-    return figure(panels, caption, {"kept": "neutral", "removed": "neutral gone"})
+    """Scores of all units, kept (solid) and removed (outline), all together and by layer.
+
+    The layers are folded away where they would take many screens.
+    """
+    legend = {"kept": "neutral", "removed": "neutral gone"}
+    whole = [(title, _all_scores(*pair)) for title, pair in found.items()]
+    layers = [(f"{title}, by layer", _ridges(*pair)) for title, pair in found.items()]
+    if sum(len(counts.layers) for _, counts in found.values()) <= OPEN_ROWS:
+        pairs = zip(whole, layers, strict=True)
+        return figure([panel for pair in pairs for panel in pair], caption, legend)
+    return figure(whole, caption, legend) + folded(
+        "Layer by layer", figure(layers, "The same scores, layer by layer.", legend)
+    )
 
 
 def _scores_axis(counts: ScoreCounts) -> Axis:

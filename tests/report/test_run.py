@@ -160,6 +160,15 @@ def test_the_command_holds_every_setting() -> None:
     assert "--image-size" not in text  # None: the default
 
 
+def test_many_layers_are_folded_away() -> None:
+    few = report_html(finished([98.0], [96.0], rounds=4), matrices())  # 3 layers, 8 cuts
+    many = report_html(finished([98.0], [96.0], rounds=5), matrices())
+    assert "Layer by layer</summary>" not in few
+    assert "Layer by layer</summary>" in many
+    assert many.count("<svg") - few.count("<svg") == 4
+    Page(many)
+
+
 def test_the_same_run_gives_the_same_page() -> None:
     run = finished([98.0], [96.0])
     assert report_html(run, matrices()) == report_html(run, matrices())
