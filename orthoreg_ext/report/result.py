@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from math import isnan
 from pathlib import Path as FilePath
 
 import torch
 from torch import nn
 
+from ..diagnostics import mean_correlation
 from ..functional import filter_correlation
 from ..layers import filter_layers
 from ..pruning import PruneResult, Sensitivity
@@ -76,8 +78,9 @@ def write_report(
         sections.append(Section("scores", "Scores and the cut", body))
     if sensitivity is not None:
         caption = (
-            f"{sensitivity.metric} against the share of one coupled group that is removed, all "
-            "others whole. In brackets: units of the group."
+            f"The metric ({sensitivity.metric}) against the share of one coupled group that is "
+            "removed, all others whole. In brackets: units of the group; + n: n more layers lose "
+            "filters with it."
         )
         body = figures.sensitivities([(_ARM, sensitivity)], caption)
         sections.append(Section("sensitivity", "Sensitivity of the layers", body))
@@ -108,7 +111,7 @@ def _result(result: PruneResult, accuracy: Mapping[str, float]) -> str:
     ]
     body = table(
         "Sizes; MACs for the example inputs, memory in bytes with feature maps",
-        ("", "before", "after", "removed"),
+        ("size", "before", "after", "removed"),
         rows,
     )
     if result.latency:
@@ -116,49 +119,44 @@ def _result(result: PruneResult, accuracy: Mapping[str, float]) -> str:
         body += note(f"Latency: {share} less ({result.latency['state']}).")
     if accuracy:
         measured = [(name, f"{value:g}") for name, value in accuracy.items()]
-        body += table("Measured", ("", "value"), measured)
+        body += table("Measured", ("what", "value"), measured)
     return body
 
 
 def _correlation(result: PruneResult, unpruned: nn.Module, chosen: str | None) -> str:
-    with torch.no_grad():
-        layers = [
-            {layer.name: layer for layer in filter_layers(model)}
-            for model in (unpruned, result.model)
-        ]
-        names = [name for name in layers[1] if name in layers[0]]
-        cosines = [
-            dict(
-                zip(
-                    names,
-                    filter_correlation([found[name].weight.detach() for name in names]),
-                    strict=True,
-                )
-            )
-            for found in layers
-        ]
+    before, after = (
+        {layer.name: layer for layer in filter_layers(model)} for model in (unpruned, result.model)
+    )
+    names = [name for name in after if name in before]
     if chosen is not None and chosen not in names:
         raise ValueError(f"heat_map_of is {chosen!r}, expected one of {', '.join(names)}")
-    cut = [row.name for row in result.layers if row.after < row.before and row.name in names]
-    shown = chosen or (cut or names)[len(cut or names) // 2]
-    means = [{name: _mean(matrix.abs()) for name, matrix in found.items()} for found in cosines]
-    first, second = Arm("before", "twin"), Arm("after", "own")
-    rows = {name: [Bar(first, means[0][name]), Bar(second, means[1][name])] for name in names}
-    return figures.layer_bars(
-        {"": rows},
+    arms = {Arm("before", "twin"): before, Arm("after", "own"): after}
+    rows = {
+        name: [Bar(arm, mean_correlation(layers[name])) for arm, layers in arms.items()]
+        for name in names
+    }
+    # without a second filter in any group there is no pair
+    paired = {name: bars for name, bars in rows.items() if not any(isnan(b.after) for b in bars)}
+    body = figures.layer_bars(
+        {"": paired},
         "Mean correlation by layer",
         "Mean |cosine| between the filters of a layer, of the unpruned model and of this one.",
         digits=2,
-    ) + figures.heat_maps(
-        {"before": cosines[0][shown].abs(), "after": cosines[1][shown].abs()},
+    )
+    cut = {row.name for row in result.layers if row.after < row.before}
+    whole = [name for name in paired if after[name].groups == 1]
+    likely = [name for name in whole if name in cut] or whole
+    if chosen is None and not likely:
+        return body
+    shown = chosen or likely[len(likely) // 2]
+    with torch.no_grad():
+        weights = [layers[shown].weight.detach() for layers in (before, after)]
+        first, second = (filter_correlation([weight])[0].abs().cpu() for weight in weights)
+    return body + figures.heat_maps(
+        {"before": first, "after": second},
         f"|cosine| between every two filters of layer {shown!r}, on one scale; the diagonal is "
         "left out.",
     )
-
-
-def _mean(matrix: torch.Tensor) -> float:  # [n, n]
-    pairs = len(matrix) * (len(matrix) - 1)
-    return float(matrix.sum() - matrix.diag().sum()) / pairs if pairs else 0.0
 
 
 def _widths(result: PruneResult) -> str:

@@ -74,7 +74,7 @@ def _result(run: Run) -> str:
 
     return table(
         f"Before the first cut → after the last; {_seeds_named(run)}",
-        ("", "regularised", "twin"),
+        ("result", "regularised", "twin"),
         [[_unbroken(cell) for cell in row] for row in rows(run)],
     ) + note(
         f"Latency: median of interleaved runs on the machine below, networks of seed "

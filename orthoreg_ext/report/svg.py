@@ -87,7 +87,7 @@ class Chart:
     ) -> None:
         self.x, self.y, self.width, self.height = x, y, width, height
         self.left, self.right = left, width - 10
-        self.top, self.bottom = 24 if y.label else 8, height - (34 if x.label else 18)
+        self.top, self.bottom = 24 if y.label else 8, height - (36 if x.label else 20)
         self._parts: list[str] = []
         self._axes()
 
@@ -150,7 +150,7 @@ class Chart:
             # the last number must not leave the picture
             anchor = "end" if across > self.right - 8 else "middle"
             edge = self.width if anchor == "end" else across
-            parts.append(label(edge, self.bottom + 15, number(value), anchor))
+            parts.append(label(edge, self.bottom + 17, number(value), anchor))
         place = f'x1="{self.left}" x2="{self.right}" y1="{self.bottom}" y2="{self.bottom}"'
         parts.append(f'<line class="axis" {place}/>')
         if self.y.label:

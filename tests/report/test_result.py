@@ -89,6 +89,19 @@ def test_the_correlations_are_those_of_the_two_models(tmp_path: Path) -> None:
     assert not (tmp_path / "s.html").exists()
 
 
+def test_depthwise_layers_have_no_pairs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(288, 4)
+    )
+    before = copy.deepcopy(model)
+    result = ox.pruning.prune(model, torch.randn(1, 3, 8, 8), criterion="l1", ratio=0.5)
+    _, text, words = shown(write_report(result, tmp_path / "r.html", unpruned=before))
+    assert "nan" not in words.split()
+    assert "of layer '0'" in words
+    assert text.count("<svg") == 1 + 2 + 1
+
+
 def test_a_page_that_cannot_be_written_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
