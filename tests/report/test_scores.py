@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -110,6 +112,26 @@ def test_many_scorings_of_a_round_make_one_histogram() -> None:
     (counts,) = recorder.counts(result)
     assert sum(map(sum, counts.gone)) == 3
     assert sum(map(sum, counts.kept)) == 6
+
+
+@pytest.mark.parametrize("name", sorted(ox.pruning.CRITERIA))
+def test_every_criterion_can_be_recorded(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.Flatten(), nn.Linear(128, 3),
+    )  # fmt: skip
+    data = [(torch.randn(12, 1, 8, 8), torch.randint(3, (12,)))]
+    recorder = ScoreRecorder(name)
+    example = data[0][0][:1]
+    result = ox.pruning.prune(model, example, criterion=recorder.criterion, ratio=0.5, data=data)
+    (counts,) = recorder.counts(result)
+    assert counts.criterion == name
+    assert sum(map(sum, counts.gone)) == sum(row.before - row.after for row in result.layers)
+    assert sum(map(sum, counts.kept + counts.gone)) == 14
+    assert counts.edges == sorted(counts.edges)
+    assert counts.edges[0] <= counts.cut + 1e-9 or counts.below
+    assert json.dumps(asdict(counts), allow_nan=False)
 
 
 def test_coupled_layers_count_once() -> None:
