@@ -11,6 +11,7 @@ from torch import nn
 
 import orthoreg_ext as ox
 from orthoreg_ext.report import ScoreRecorder, write_report
+from orthoreg_ext.report.svg import number
 
 from .pages import Page
 
@@ -84,6 +85,7 @@ def test_the_correlations_are_those_of_the_two_models(tmp_path: Path) -> None:
         cosines = (rows @ rows.T).abs()
         mean = float((cosines.sum() - cosines.trace()) / (8 * 7))
     assert f"before: 8 filters, mean {mean:.4f}" in text
+    assert f"Mean correlation by layer: 0 before: {number(mean, 2)}; 0 after: " in text
     with pytest.raises(ValueError, match="heat_map_of is 'no'"):
         write_report(result, tmp_path / "s.html", unpruned=before, heat_map_of="no")
     assert not (tmp_path / "s.html").exists()

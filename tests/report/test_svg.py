@@ -59,6 +59,11 @@ def test_points_are_where_they_should_be() -> None:
     assert 'aria-label="a &quot;name&quot; &amp; &lt;more&gt;"' in svg
 
 
+def test_the_last_number_of_an_axis_stays_in_the_picture() -> None:
+    svg = Chart(Axis(0, 80_000, "x"), Axis(0, 1, "y"), width=340).svg("name")
+    assert re.search(r'<text x="340.0" y="[\d.]+" text-anchor="end">80 k</text>', svg)
+
+
 def test_a_heat_map_holds_the_matrix_as_grey_values() -> None:
     matrix = torch.tensor([[0.0, 0.5], [1.0, 0.2]])
     svg = heat(matrix, "mask-1", "name")
