@@ -252,8 +252,9 @@ class Job:
         if arm.seed != self.settings.seed:
             return
         if when == "before":
+            epochs = self.settings.epochs + self.settings.finetune_epochs
             arm.sensitivity, arm.sensitivity_note = measure.sensitivity(
-                model, self.example, self.train, self.test, arm.criterion
+                model, self.example, self.train, self.test, arm.criterion, epochs
             )
         name, matrix = measure.correlation_matrix(model, self.run.matrix_layer)
         self.run.matrix_layer = name

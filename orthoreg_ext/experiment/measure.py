@@ -26,7 +26,10 @@ from .train import accuracy
 BATCH_SIZES = (1, 64)
 REPEATS = 30
 RATIOS = (0.25, 0.5, 0.75, 0.9)  # of a group, for the sensitivity
-SAMPLES = 512
+SAMPLES = 512  # images of one measurement at most
+FEWEST = 64
+SHARE = 0.1
+PASSES = 3  # of an image, that a step of training is worth
 
 
 def correlation_by_layer(model: nn.Module) -> dict[str, float]:
@@ -61,11 +64,13 @@ def sensitivity(
     train: Samples,
     test: Samples,
     criterion: str,
+    epochs: int,
 ) -> tuple[Sensitivity | None, str]:
     """Cuts each coupled group alone at ``RATIOS``, and measures the accuracy that is left.
 
     It takes a pass over at most ``SAMPLES`` training images for the scores, and for every group and
-    ratio one over at most ``SAMPLES`` held-out images; both drawn at random, always the same.
+    ratio one over some held-out images; both drawn at random, always the same. All measurements
+    together take about ``SHARE`` of the network's training at most, unless each has so few images.
 
     Args:
         model: the network; left as it is, bit for bit.
@@ -73,12 +78,14 @@ def sensitivity(
         train: images for the gradients.
         test: images for the accuracy.
         criterion: ranks the units of a group.
+        epochs: of the network's whole training, to which the number of images is fitted.
 
     Returns:
-        the table, or None and the reason why there is none.
+        the table and on what it was measured, or None and the reason why there is none.
     """
-    some = _drawn(test)
-    batches = [train.batch(part) for part in _drawn(train).split(256)]
+    passes = PASSES * epochs * len(train) * SHARE / (len(RATIOS) * len(filter_layers(model)))
+    some = _drawn(test, min(max(int(passes), FEWEST), SAMPLES))
+    batches = [train.batch(part) for part in _drawn(train, SAMPLES).split(256)]
     held_out = Samples(test.images[some], test.labels[some], test.mean, test.std)
 
     def evaluate(model: nn.Module) -> float:
@@ -99,12 +106,12 @@ def sensitivity(
         raise
     except (RuntimeError, ValueError) as error:  # a run does not end for want of a figure
         return None, " ".join(str(error).split())
-    return table, ""
+    return table, f"on {len(some)} of the held-out images"
 
 
-def _drawn(samples: Samples) -> Tensor:  # [at most SAMPLES] int64
+def _drawn(samples: Samples, most: int) -> Tensor:  # [at most that many] int64
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
-    return order[:SAMPLES].sort().values.to(samples.labels.device)
+    return order[:most].sort().values.to(samples.labels.device)
 
 
 def versions(device: str) -> dict[str, str]:

@@ -68,7 +68,7 @@ class Arm:
     # runs of older versions have neither
     final_correlations: dict[str, float] = field(default_factory=dict)  # pruned and fine-tuned
     sensitivity: Sensitivity | None = None  # before the first cut, of the first seed's networks
-    sensitivity_note: str = ""  # why there is none
+    sensitivity_note: str = ""  # on what it was measured, or why there is none
 
     @property
     def name(self) -> str:

@@ -184,12 +184,13 @@ def _sensitivity(run: Run) -> str:
     notes = "".join(
         note(f"Not measured for {arm.name}: {arm.sensitivity_note}")
         for arm in arms
-        if arm.sensitivity_note
+        if arm.sensitivity is None and arm.sensitivity_note
     )
     if not found:
         return notes or note(OLD)
+    images = f", {arms[0].sensitivity_note}" if arms[0].sensitivity_note else ""
     caption = (
-        "Held-out accuracy in percent against the share of one coupled group that is removed, all "
+        f"Accuracy in percent{images}, against the share of one coupled group that is removed, all "
         "others whole; by the network's own criterion, before the first cut and without "
         "fine-tuning. In brackets: units of the group; + n: n more layers lose filters with it."
     )

@@ -17,6 +17,8 @@ from orthoreg_ext.experiment.record import Run
 from orthoreg_ext.experiment.state import STATE_NAME, load_state, save_state
 from orthoreg_ext.report.run import OLD
 
+EPOCHS = 100  # enough for the most images
+
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Samples, Samples]:
@@ -35,8 +37,8 @@ def test_the_sensitivity_is_the_accuracy_with_one_group_cut(
     model = net()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     example = train.batch(slice(0, 1))[0]
-    table, reason = measure.sensitivity(model, example, train, test, "l1")
-    assert reason == ""
+    table, note = measure.sensitivity(model, example, train, test, "l1", EPOCHS)
+    assert note == "on 512 of the held-out images"
     assert table is not None
     assert table.metric == "accuracy"
     assert [group.name for group in table.groups] == [f"conv{i}" for i in range(1, 7)]
@@ -56,7 +58,13 @@ def test_the_sensitivity_is_the_accuracy_with_one_group_cut(
     assert table.groups[2].values[1] == pytest.approx(right, abs=1e-4)
 
 
-def test_few_images_do(digits: tuple[Samples, Samples], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("epochs", "images"),
+    [(1, 64), (10, 128), (100, 512)],  # 1198 * 3 * 10 / 10 / (4 ratios * 7 layers) = 128.4
+)
+def test_the_images_are_as_many_as_the_training_allows(
+    digits: tuple[Samples, Samples], monkeypatch: pytest.MonkeyPatch, epochs: int, images: int
+) -> None:
     train, test = digits
     seen: list[int] = []
 
@@ -65,9 +73,9 @@ def test_few_images_do(digits: tuple[Samples, Samples], monkeypatch: pytest.Monk
         return 50.0
 
     monkeypatch.setattr(measure, "accuracy", counted)
-    measure.sensitivity(net(), train.batch(slice(0, 1))[0], train, test, "l1")
+    measure.sensitivity(net(), train.batch(slice(0, 1))[0], train, test, "l1", epochs)
     assert len(seen) <= 1 + 6 * len(measure.RATIOS)
-    assert set(seen) == {measure.SAMPLES}
+    assert set(seen) == {images}
 
 
 class Fixed(nn.Module):
@@ -83,7 +91,9 @@ class Fixed(nn.Module):
 
 def test_a_network_that_cannot_be_cut_gives_the_reason(digits: tuple[Samples, Samples]) -> None:
     train, test = digits
-    table, reason = measure.sensitivity(Fixed(), train.batch(slice(0, 1))[0], train, test, "l1")
+    table, reason = measure.sensitivity(
+        Fixed(), train.batch(slice(0, 1))[0], train, test, "l1", EPOCHS
+    )
     assert table is None
     assert "\n" not in reason
     assert len(reason) > 20

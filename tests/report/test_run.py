@@ -58,7 +58,16 @@ def test_the_report_is_one_whole_page(seeds: int, rounds: int) -> None:
         assert all(cell.replace("->", "→") in shown for cell in row), row
     for verdict in verdicts(run):
         assert verdict.text in shown
-    for fact in ("finetune epochs", "9.9.9", "2.0e-07", "conv<1>", "0.3000", "a & <b>", LONG):
+    for fact in (
+        "finetune epochs",
+        "9.9.9",
+        "2.0e-07",
+        "conv<1>",
+        "0.3000",
+        "a & <b>",
+        "on 321 of",
+        LONG,
+    ):
         assert fact in shown
     assert OLD not in shown
     assert "nan" not in shown.lower().split()
