@@ -168,12 +168,13 @@ def _scores(run: Run) -> str:
     if not found:
         return note(OLD)
     below = sum(counts.below for _, counts in found.values())
+    share, multiple = 100 * run.settings.max_layer_ratio, getattr(run.settings, "round_to", 1)
+    kept = f" and what stays of it is a multiple of {multiple}" if multiple > 1 else ""
     return figures.score_histograms(
         found,
         f"Scores of all units that could go, by the criterion that cut them, seed "
         f"{run.settings.seed}. Dashed: the largest score that was removed. No cut takes more than "
-        f"{100 * run.settings.max_layer_ratio:g} % of what a layer has left, so that units "
-        "below it may have been kept."
+        f"{share:g} % of what a layer has left{kept}, so that units below it may have been kept."
         + (f" {below} units score less than the axis shows, in its first bin." if below else ""),
     )
 
@@ -188,7 +189,8 @@ def _sensitivity(run: Run) -> str:
     )
     if not found:
         return notes or note(OLD)
-    images = f", {arms[0].sensitivity_note}" if arms[0].sensitivity_note else ""
+    measured = next(arm.sensitivity_note for arm in arms if arm.sensitivity)
+    images = f", {measured}" if measured else ""
     caption = (
         f"Accuracy in percent{images}, against the share of one coupled group that is removed, all "
         "others whole; by the network's own criterion, before the first cut and without "

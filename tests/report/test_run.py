@@ -157,8 +157,10 @@ def test_a_run_of_an_older_version_says_what_it_lacks() -> None:
 def test_a_sensitivity_that_could_not_be_measured_says_why() -> None:
     run = finished([98.0], [96.0])
     run.arms[0].sensitivity, run.arms[0].sensitivity_note = None, "the <layer> cannot be followed"
+    run.arms[1].sensitivity_note = "on 5 images"
     text = report_html(run, matrices())
     assert "Not measured for regularised: the &lt;layer&gt; cannot be followed" in text
+    assert "in percent, on 5 images, against" in text
     assert text.count("<svg") == 2 + 2 + 2 + 4 + 4 + 3 + 1
 
 
