@@ -88,15 +88,16 @@ def load(request: Request, *, runs: bool = False) -> Subject:
         ValueError: The model, the data or the weights cannot be used; the text names the option.
         ImportError: An optional package is missing.
     """
-    folder = Path(request.model)
-    run: Mapping[str, Any] = {}
+    if request.model not in MODELS and Path(request.model).is_dir():
+        request = _of_folder(request)
+    run = _run_of(request.weights)
     no_data = ""
-    if request.model not in MODELS and folder.is_dir():
-        request, run = _of_run(request, folder)
+    if run:
+        request = _as_in(run, request)
         if runs and request.data is None:
             try:
                 load_dataset(run["settings"]["data"], request.image_size, request.channels)
-                request = replace(request, data=run["settings"]["data"])
+                request = replace(request, data=run["settings"]["data"], input_shape=None)
             except (ValueError, OSError, ImportError) as error:
                 no_data = str(error)
     dataset = None
@@ -134,41 +135,49 @@ def load(request: Request, *, runs: bool = False) -> Subject:
     return subject
 
 
-def _of_run(request: Request, folder: Path) -> tuple[Request, Mapping[str, Any]]:
-    """The request that a folder stands for, and the record of its run."""
+def _of_folder(request: Request) -> Request:
+    """The request that the folder of a run stands for."""
+    folder = Path(request.model)
     if request.weights is not None:
         raise ValueError(f"MODEL {str(folder)!r} is a folder with weights; leave --weights out")
-    if request.input_shape is not None or request.num_classes is not None:
-        raise ValueError(
-            f"MODEL {str(folder)!r} is a folder that says what its network reads; leave "
-            "--input-shape and --num-classes out"
-        )
-    path = folder / HISTORY
-    if not path.is_file():
+    if not (folder / HISTORY).is_file():
         raise ValueError(
             f"MODEL {str(folder)!r} is a folder without {HISTORY}: no finished run of orthoreg "
             "prune; finish it with --resume, or name another one"
         )
-    try:
-        document = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error})") from error
-    run = document.get("run") if isinstance(document, dict) else None
-    if not isinstance(run, dict):
+    run = _run_of(folder)
+    if not run:
         raise ValueError(
-            f"MODEL {str(folder)!r} holds a pruned model but not the name of its factory; name "
-            f"the MODEL, and this folder as --weights {folder}"
+            f"{str(folder)!r} holds a pruned model but not the name of its factory; name the "
+            f"model, too: MODEL --weights {folder}, or for replay {folder} --model MODEL"
         )
+    return replace(request, model=run["settings"]["model"], weights=folder)
+
+
+def _run_of(folder: Path | None) -> Mapping[str, Any]:
+    """The record of the run whose folder it is; empty where it is none."""
+    if folder is None or not (folder / HISTORY).is_file():
+        return {}
+    try:
+        document = json.loads((folder / HISTORY).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(folder / HISTORY)!r} is damaged ({error})") from error
+    run = document.get("run") if isinstance(document, dict) else None
+    return run if isinstance(run, dict) else {}
+
+
+def _as_in(run: Mapping[str, Any], request: Request) -> Request:
+    """What a run says about the input of its network, where the request leaves it open."""
     settings, data = run["settings"], run["data"]
+    if request.data is None and request.image_size is None and request.channels is None:
+        shape = request.input_shape or tuple(data["image_shape"])
+        request = replace(request, input_shape=shape)
     return replace(
         request,
-        model=settings["model"],
-        weights=folder,
-        num_classes=len(data["classes"]),
-        input_shape=None if request.data else tuple(data["image_shape"]),
+        num_classes=request.num_classes or len(data["classes"]),
         image_size=request.image_size or settings["image_size"],
         channels=request.channels or settings.get("channels"),
-    ), run
+    )
 
 
 def _input_shape(
@@ -181,7 +190,7 @@ def _input_shape(
                 f"--data {request.data!r} has images of {list(shape)}, the network in the folder "
                 f"reads {run['data']['image_shape']}; pass its --image-size and --channels"
             )
-        if request.input_shape is not None and not run:
+        if request.input_shape is not None:
             raise ValueError(
                 f"--data {request.data!r} says what the input is; leave --input-shape out, or "
                 "resize the images with --image-size"

@@ -55,9 +55,9 @@ def _declare_operators() -> None:
     spec = find_spec("torchvision")
     assert spec is not None
     for folder in spec.submodule_search_locations or ():
-        for library in Path(folder).glob("_C*.so"):
+        for file in Path(folder).glob("_C*.so"):
             with suppress(OSError):
-                torch.ops.load_library(str(library))
+                torch.ops.load_library(str(file))
     if not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "DEF")
         for operator in _OPERATORS:
@@ -99,7 +99,7 @@ def package_factory(package: str, name: str) -> Callable[..., nn.Module]:
         options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         if torchvision:
             options |= _EXTRAS.get(name, {})
-            model = _sized(module.models.get_model, name, "image_size", image_size, options)
+            model: Any = _sized(module.models.get_model, name, "image_size", image_size, options)
             side = image_size or (299 if name == "inception_v3" else 224)
             height, width = (side, side) if isinstance(side, int) else side
             model.input_shape = (COLOURS, height, width)
@@ -107,7 +107,7 @@ def package_factory(package: str, name: str) -> Callable[..., nn.Module]:
         if in_channels is not None:
             options["in_chans"] = in_channels
         model = _sized(module.create_model, name, "img_size", image_size, options)
-        channels, height, width = model.default_cfg["input_size"]  # type: ignore[index, misc]
+        channels, height, width = model.default_cfg["input_size"]
         if image_size is not None:
             height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
         model.input_shape = (in_channels or channels, height, width)
