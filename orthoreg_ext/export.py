@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import warnings
@@ -147,8 +148,7 @@ def _make_pt2(program: torch.export.ExportedProgram) -> tuple[bytes, Runner]:
 
 
 def _make_onnx(program: torch.export.ExportedProgram) -> tuple[bytes, Runner]:
-    import onnxruntime
-
+    onnxruntime = importlib.import_module("onnxruntime")
     made: Any = _quietly(
         lambda: torch.onnx.export(
             program, (), dynamo=True, verbose=False, input_names=["input"], output_names=["output"]
@@ -239,12 +239,12 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [f"{result['model']}, input {' x '.join(map(str, result['input']))}"]
     if result["folder"]:
         lines[0] += f", pruned as in {result['folder']}"
-    for row in result["files"].values():
-        lines.append(
-            f"{row['path']}: {row['bytes'] / 1e6:.2f} MB, differs by {row['max_difference']:.1e} "
-            f"of the largest output (at most {row['tolerance']:g}), the same class on "
-            f"{row['same_class']} of {row['inputs']} inputs ({', '.join(row['checked_on'])})"
-        )
+    lines += [
+        f"{row['path']}: {row['bytes'] / 1e6:.2f} MB, differs by {row['max_difference']:.1e} "
+        f"of the largest output (at most {row['tolerance']:g}), the same class on "
+        f"{row['same_class']} of {row['inputs']} inputs ({', '.join(row['checked_on'])})"
+        for row in result["files"].values()
+    ]
     if result["no_data"]:
         lines.append(f"checked on random inputs alone: {result['no_data']}")
     if latency := result["latency"]:
@@ -281,8 +281,8 @@ def _quietly(work: Callable[[], Any], what: str) -> Any:
         except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise RuntimeError(
-                f"the network cannot be exported by {what} ({reason}); python -m torch.export "
-                "users: see TORCH_LOGS=export"
+                f"the network cannot be exported by {what} ({reason}); it must be one that "
+                "torch.export traces: its forward makes no choices that depend on the inputs"
             ) from error
 
 

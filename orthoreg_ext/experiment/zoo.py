@@ -103,7 +103,7 @@ def package_factory(package: str, name: str) -> Callable[..., nn.Module]:
             side = image_size or (299 if name == "inception_v3" else 224)
             height, width = (side, side) if isinstance(side, int) else side
             model.input_shape = (COLOURS, height, width)
-            return model
+            return model  # type: ignore[no-any-return]
         if in_channels is not None:
             options["in_chans"] = in_channels
         model = _sized(module.create_model, name, "img_size", image_size, options)
@@ -111,7 +111,7 @@ def package_factory(package: str, name: str) -> Callable[..., nn.Module]:
         if image_size is not None:
             height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
         model.input_shape = (in_channels or channels, height, width)
-        return model
+        return model  # type: ignore[no-any-return]
 
     return factory
 
