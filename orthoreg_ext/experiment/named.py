@@ -93,8 +93,9 @@ def load(request: Request, *, runs: bool = False) -> Subject:
     run = _run_of(request.weights)
     no_data = ""
     if run:
+        loads = runs and request.data is None and request.input_shape is None
         request = _as_in(run, request)
-        if runs and request.data is None:
+        if loads:
             try:
                 load_dataset(run["settings"]["data"], request.image_size, request.channels)
                 request = replace(request, data=run["settings"]["data"], input_shape=None)
@@ -205,7 +206,7 @@ def _input_shape(
         return request.input_shape
     if request.image_size is None and request.channels is None:
         return None
-    side = request.image_size or 32
+    side = 32 if request.image_size is None else request.image_size
     if side < 1:
         raise ValueError(f"--image-size is {side}; expected a number of at least 1")
     return (request.channels or (1 if request.model in MODELS else 3), side, side)
