@@ -25,6 +25,7 @@ from torch.nn import functional as nnf
 
 from .. import pruning
 from ..build_info import build_info
+from ..pruning.selection import RemovesNothingError
 from ..regularizer import OrthoRegularizer
 from . import measure
 from .checks import check_backend, check_export, check_packages, refusing
@@ -36,12 +37,13 @@ from .progress import Show, cut_line, epoch_line
 from .record import Arm, Cut, Epoch, Run, Size
 from .settings import Settings, why_no_gpu
 from .state import STATE_NAME, load_state, restore_training, save_state, training_tensors, under
-from .steps import Step, extended, plan
+from .steps import Step, extended, no_cut, plan
 from .train import DivergedError, accuracy, deterministic, train_epoch
 from .weights import load_weights
 
 CALIBRATION = 10_000  # training images that score the filters, as in OrthoReg's released code
 MOMENTUM = 0.9
+NOTHING = 1e-6  # a share to remove that is none
 
 
 class Screen(Protocol):
@@ -146,7 +148,7 @@ class Job:
             left = cuts[-1].prunable[1] / cuts[0].prunable[0]
         else:
             left = math.prod(1 - cut.saved for cut in cuts)
-        return max(1 - (1 - step.gone) / left, 1e-9 if self.settings.target != "filters" else 0)
+        return 1 - (1 - step.gone) / left
 
     def execute(self, show: Show) -> None:
         """Does what is left of every arm, storing everything after each step."""
@@ -179,9 +181,17 @@ class Job:
                 self._keep(arm, model, "before")
             before = accuracy(model, self.test)
             ratio = self._share(step, arm.cuts)
-            result = self._cut(model, arm.criterion, ratio)
-            prunable = [row for row in result.layers if not row.reason]
+            try:
+                result = self._cut(model, arm.criterion, ratio) if ratio > NOTHING else None
+            except RemovesNothingError:
+                if not arm.cuts:
+                    raise
+                result = None
             training.optimizer = self.optimizer(model)
+            if result is None:  # the cuts before went further than asked, as --round-to has it
+                arm.cuts.append(no_cut(arm.cuts[-1], before))
+                return cut_line(arm, arm.cuts[-1])
+            prunable = [row for row in result.layers if not row.reason]
             arm.checkpoint = extended(arm.checkpoint, result.document(), step.cut + 1)
             arm.cuts.append(
                 Cut(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import pruning
+from .record import Cut
 from .settings import Settings
 
 
@@ -57,3 +58,17 @@ def extended(checkpoint: Mapping[str, Any], cut: Mapping[str, Any], number: int)
     joined["sizes"]["after"] = cut["sizes"]["after"]
     joined["widths"] = cut["widths"]
     return joined
+
+
+def no_cut(last: Cut, accuracy: float) -> Cut:
+    """The cut after ``last`` that removes nothing."""
+    return replace(
+        last,
+        ratio=0.0,
+        saved=0.0,
+        accuracy_before=accuracy,
+        accuracy_after=accuracy,
+        before=last.after,
+        prunable=(last.prunable[1], last.prunable[1]),
+        layers=[(name, after, after) for name, _, after in last.layers],
+    )

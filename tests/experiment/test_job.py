@@ -453,3 +453,21 @@ def test_weights_are_where_every_network_starts(tiny: dict[str, Any], tmp_path: 
     safetensors.torch.save_file({k: v + 1 for k, v in model.state_dict().items()}, path)
     with pytest.raises(ValueError, match=r"or --weights .* changed since the run began"):
         run({}, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("target", ["filters", "macs"])
+def test_a_round_after_one_that_went_too_far_cuts_nothing(
+    target: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny |= {"seeds": 1, "epochs": 1, "finetune_epochs": 3, "rounds": 3, "target": target}
+    tiny |= {"round_to": 4, "ratio": 0.3}
+    result = run(tiny, tmp_path / "out")
+    for arm in result.arms:
+        widths = [{name: after for name, _, after in cut.layers} for cut in arm.cuts]
+        assert len(widths) == 3
+        assert all(width % 4 == 0 for width in (*widths[-1].values(),) if width != 10)
+        still = [cut for cut in arm.cuts if not cut.ratio]
+        assert still
+        assert all(cut.accuracy_before == cut.accuracy_after for cut in still)
+    model = build_model(tiny["model"], num_classes=10, image_shape=(1, 8, 8), seed=7)
+    ox.pruning.replay(model, torch.zeros(1, 1, 8, 8), tmp_path / "out")
