@@ -114,11 +114,17 @@ def _drawn(samples: Samples, most: int) -> Tensor:  # [at most that many] int64
     return order[:most].sort().values.to(samples.labels.device)
 
 
-def versions(device: str) -> dict[str, str]:
-    """Returns what the numbers of a run depend on besides its settings and data."""
+def versions(device: str, model: str = "") -> dict[str, str]:
+    """Returns what the numbers of a run depend on besides its settings and data.
+
+    Args:
+        device: where it runs.
+        model: its name; a package that it comes from is named, too.
+    """
     info = build_info()
     gpu = {"GPU": torch.cuda.get_device_name()} if device == "cuda" else {}
-    packages = ("torch-pruning", "numpy", "safetensors", "scikit-learn", "pillow")
+    owner = [model.partition(":")[0].partition(".")[0]] if ":" in model else []
+    packages = ("torch-pruning", "numpy", "safetensors", "scikit-learn", "pillow", *owner)
     return {
         "orthoreg_ext": info["version"],
         "torch": info["torch"]["version"],

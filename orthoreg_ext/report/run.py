@@ -36,9 +36,7 @@ def report_html(
             ``"twin before"``, ``"regularised after"`` (and fine-tuned) and ``"twin after"``.
     """
     settings = run.settings
-    title = (
-        f"{settings.model} on {settings.data}, {100 * settings.ratio:g} % of the filters removed"
-    )
+    title = f"{settings.model} on {settings.data}, {settings.removed()} removed"
     sections = [
         Section("result", "Result", _result(run)),
         Section("tradeoff", "Accuracy against MACs", _tradeoff(run)),
@@ -167,14 +165,17 @@ def _scores(run: Run) -> str:
     }
     if not found:
         return note(OLD)
+    cuts = sum(len(arm.cuts) for arm in run.arms if arm.seed == run.settings.seed)
+    idle = " A cut without a histogram removed nothing." if len(found) < cuts else ""
     below = sum(counts.below for _, counts in found.values())
-    share, multiple = 100 * run.settings.max_layer_ratio, getattr(run.settings, "round_to", 1)
+    share, multiple = 100 * run.settings.max_layer_ratio, run.settings.round_to
     kept = f" and what stays of it is a multiple of {multiple}" if multiple > 1 else ""
     return figures.score_histograms(
         found,
         f"Scores of all units that could go, by the criterion that cut them, seed "
         f"{run.settings.seed}. Dashed: the largest score that was removed. No cut takes more than "
         f"{share:g} % of what a layer has left{kept}, so that units below it may have been kept."
+        f"{idle}"
         + (f" {below} units score less than the axis shows, in its first bin." if below else ""),
     )
 
@@ -253,12 +254,13 @@ def _seeds(run: Run) -> str:
 
 def _configuration(run: Run) -> str:
     settings, data = run.settings, run.data
-    shape = " x ".join(map(str, data["image_shape"]))
+    shape, weights = " x ".join(map(str, data["image_shape"])), data.get("weights_checksum")
     facts = {
         "source": str(data.get("source", settings.data)),
         "images": f"{data['train']} to train on, {data['test']} held out, {shape}, "
         f"{len(data['classes'])} classes",
         "checksum of the images": str(data.get("checksum", "unknown")),
+        **({"checksum of the weights": str(weights)} if weights is not None else {}),
         "network input": f"(pixel / 255 - mean) / std, mean {_numbers(data['mean'])}, "
         f"std {_numbers(data['std'])}",
     }

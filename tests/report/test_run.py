@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -171,6 +172,19 @@ def test_the_command_holds_every_setting() -> None:
     assert "--data 'a & <b>'" in text
     assert "--max-layer-ratio 0.9" in text
     assert "--image-size" not in text  # None: the default
+
+
+def test_a_cut_that_removed_nothing_has_no_histogram() -> None:
+    run = finished([98.0], [96.0], rounds=2)
+    whole = report_html(run, matrices())
+    cut = run.arms[0].cuts[1]
+    run.arms[0].cuts[1] = replace(cut, scores=None)
+    text = report_html(run, matrices())
+    assert "A cut without a histogram removed nothing." in text
+    assert "removed nothing" not in whole
+    assert whole.count("<svg") - text.count("<svg") == 2
+    assert "regularised, cut 1" in text
+    assert "regularised, cut 2" not in text
 
 
 def test_many_layers_are_folded_away() -> None:
