@@ -198,7 +198,7 @@ class OrthoRegImportance(FusedImportance):
 
     def _pass(self, layers: list[nn.Module]) -> list[LayerScores]:
         filters = [filters_of(layer) for layer in layers]
-        biases = [rows.bias if self.bias else None for rows in filters]
+        biases = [(*self._parameters(layer), None)[1] for layer in layers]
         has_bias = any(bias is not None for bias in biases)
         scores = functional.filter_scores(
             [rows.weight for rows in filters],

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..errors import choose
 from ..layers import layer_kind
 from .torch_pruning_groups import (
+    Item,
     LayerScores,
     ScoreCache,
     is_whole,
@@ -85,6 +86,8 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
 
     def _raw(self, group: Any) -> Tensor | None:  # [root channels]
         items = items_of(group, self.HANDLERS, tuple(self.target_types))
+        if self.SLOPES:
+            self._check_gradients(group, items)
         found = self._scores(group, [item.layer for item in items])
         rows, size = [], size_of(group)
         for item in items:
@@ -108,8 +111,6 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
     def _scores(self, group: Any, layers: list[nn.Module]) -> dict[nn.Module, LayerScores]:
         """The scores of layers of a group; of all layers of the model where they are not known."""
         layers = list(dict.fromkeys(layers))
-        if self.SLOPES:
-            self._check_gradients(group, layers)
         whole = is_whole(group)
         if whole:
             self._cache.begin(group)
@@ -134,13 +135,16 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
         return [
             layer
             for layer in dict.fromkeys(candidates)
-            if not (self.SLOPES and any(t.grad is None for t in self._parameters(layer)))
+            if not (self.SLOPES and layer.weight.grad is None)
             and self._cache.get(layer, self._tensors(layer)) is None
         ]
 
-    def _parameters(self, layer: nn.Module) -> list[Tensor]:
+    def _parameters(self, layer: Any) -> list[Tensor]:
+        """The weight, and the bias where it counts and, if gradients do, has one."""
         bias = getattr(layer, "bias", None) if self.bias else None
-        return [layer.weight] if bias is None else [layer.weight, bias]  # type: ignore[list-item]
+        if bias is None or (self.SLOPES and bias.grad is None):
+            return [layer.weight]
+        return [layer.weight, bias]
 
     def _tensors(self, layer: nn.Module) -> Iterable[Tensor]:
         """All that the scores of a layer are computed from."""
@@ -149,14 +153,15 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
             if self.SLOPES and parameter.grad is not None:
                 yield parameter.grad
 
-    def _check_gradients(self, group: Any, layers: list[nn.Module]) -> None:
-        for layer in layers:
-            for parameter in self._parameters(layer):
-                if parameter.grad is None:
-                    which = "weight" if parameter is layer.weight else "bias"
+    def _check_gradients(self, group: Any, items: list[Item]) -> None:
+        for item in items:
+            names = ["weight", "bias"] if self.bias and not item.inputs else ["weight"]
+            for name in names:
+                parameter = getattr(item.layer, name, None)
+                if parameter is not None and parameter.grad is None:
                     raise ValueError(
-                        f"{type(self).__name__} needs gradients, but the {which} of layer "
-                        f"{name_of(group, layer)!r} has none: call loss.backward() before "
+                        f"{type(self).__name__} needs gradients, but the {name} of layer "
+                        f"{name_of(group, item.layer)!r} has none: call loss.backward() before "
                         "the pruner's step, or list the layer in ignored_layers if it is frozen"
                     )
 
