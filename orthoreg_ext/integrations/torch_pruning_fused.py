@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ Normalizer = str | Callable[[Tensor], Tensor] | None
 
 REDUCTIONS = ("mean", "sum", "max", "prod", "first", "gate")
 NORMALIZERS = ("sum", "standarization", "mean", "max", "gaussian", "lamp")  # [sic], as there
+_TRAIN_MODE = 1e-4  # |sum w g| / sum |w g| behind a BatchNorm in train mode: 1e-6; else about 0.1
 
 
 class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[misc]
@@ -232,3 +234,20 @@ def _check_finite(
         f"{importance} is not finite for layer {name_of(group, layer)!r}: the cut would be "
         "arbitrary. Look for NaN or infinity in its weights, or in the gradients (loss, data)"
     )
+
+
+def warn_of_train_mode(
+    layers: list[nn.Module], fisher: list[Tensor], absolute: list[Tensor]
+) -> None:
+    """Warns where sum w g is 0 but for rounding in all filters of a layer."""
+    signed = torch.stack([row.sqrt().sum() for row in fisher])
+    whole = torch.stack([row.sum() for row in absolute])
+    none = ((signed < _TRAIN_MODE * whole) & (whole > 0)).nonzero().flatten().tolist()
+    several = [i for i in none if len(fisher[i]) > 1]
+    if several:
+        warnings.warn(
+            f"sum w g is 0 but for rounding in {len(several)} of {len(layers)} layers, e.g. "
+            f"{layers[several[0]]}: behind a BatchNorm the gradient has to be taken in eval mode "
+            "(model.eval() before loss.backward())",
+            stacklevel=2,
+        )
