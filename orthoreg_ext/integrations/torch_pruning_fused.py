@@ -174,11 +174,9 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
         for layer in layers:
             parameters = self._parameters(layer)
             tensors += parameters
-            # A grouped convolution's input channel counts in all groups at once, as they are pruned
-            split = layer_kind(layer) == "transposed"
-            shared += [int(getattr(layer, "groups", 1)) if split else 1] + [1] * (
-                len(parameters) - 1
-            )
+            # the groups of a convolution lose the same inputs, so an input counts in all of them
+            split = getattr(layer, "groups", 1) if layer_kind(layer) == "transposed" else 1
+            shared += [int(split), *[1] * (len(parameters) - 1)]
         slopes = [t.grad for t in tensors if t.grad is not None] if self.SLOPES else None
         rows = iter(zip(*self._sums(tensors, slopes, shared), strict=True))
         found = []

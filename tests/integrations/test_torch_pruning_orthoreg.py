@@ -120,6 +120,8 @@ def test_variety_takes_any_importance_as_host() -> None:
     group = groups(*with_gradients("vgg"))[0]
     host = tp.importance.GroupMagnitudeImportance(1, normalizer=None)
     agree(VarietyImportance(host)(group), VarietyImportance("l1")(group))
+    alike = VarietyImportance(lambda g: torch.ones(len(g[0].idxs)), normalizer=None)(group)
+    assert len(alike.unique()) == len(alike)
     assert VarietyImportance(lambda _: None)(group) is None
     with pytest.raises(ValueError, match="expected one score each"):
         VarietyImportance(lambda _: torch.ones(2))(group)

@@ -63,6 +63,9 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "new gradients": lambda m: [
         setattr(p, "grad", torch.randn_like(p)) for p in m.parameters()
     ] and None,
+    "a gradient in the old one's memory": lambda m: [
+        setattr(p, "grad", p.grad.data.mul_(2)) for p in m.parameters()
+    ] and None,
     "another backward pass": lambda m: m(torch.ones(2, 3, 8, 8)).sum().backward(),
     "new storage": lambda m: [setattr(p, "data", p.data * 2) for p in m.parameters()] and None,
     "a new parameter": lambda m: setattr(
@@ -113,6 +116,16 @@ def test_two_models_do_not_mix() -> None:
     for a, b in zip(*found, strict=True):
         agree(importance(a), FusedMagnitudeImportance()(a))
         agree(importance(b), FusedMagnitudeImportance()(b))
+
+
+def test_another_graph_begins_another_pass() -> None:
+    model, x = with_gradients("resnet")
+    importance = FusedMagnitudeImportance()
+    importance(groups(model, x)[0])
+    for parameter in model.parameters():
+        parameter.data.uniform_(-1, 1)
+    last = groups(model, x)[-1]
+    agree(importance(last), FusedMagnitudeImportance()(last))
 
 
 def test_old_parameters_are_not_kept_alive() -> None:

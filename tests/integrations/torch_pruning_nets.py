@@ -50,6 +50,21 @@ class Depthwise(nn.Module):
         return self.fc(f.relu(self.point(x)).mean((2, 3)))
 
 
+class Split(nn.Module):
+    """Two layers read half of the channels each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.left = nn.Conv2d(4, 5, 1)
+        self.right = nn.Conv2d(4, 5, 3, padding=1)
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = torch.split(f.relu(self.stem(x)), 4, dim=1)
+        return self.fc((self.left(left) + self.right(right)).mean((2, 3)))
+
+
 class Decoder(nn.Module):
     """A linear layer whose outputs become the pixels of channels, and a transposed convolution."""
 
@@ -76,6 +91,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "grouped": nets.Grouped,
     "depthwise": Depthwise,
     "dense": Dense,
+    "split": Split,
     "mlp": nets.MLP,
     "layer norm": nets.Normed,
     "squeeze and excite": nets.Gated,
