@@ -45,6 +45,11 @@ class Attachment:
         self._optimizer = weakref.ref(optimizer)
         self._handle = optimizer.register_step_pre_hook(self._before_step) if hook else None
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether :meth:`add` adds the term, not the optimizer's step."""
+        return self._handle is None
+
     def add(self) -> None:
         """Adds the term's gradient now, which counts as a step; for attach(hook=False) only.
 
