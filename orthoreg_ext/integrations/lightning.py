@@ -71,6 +71,7 @@ class OrthoRegCallback:
         self.options = {"penalty": penalty, "strength": strength, **options}
         self.regularizer: OrthoRegularizer | None = None
         self._saved: dict[str, Any] = {}
+        self._made: list[Attachment] = []  # also those whose optimizers are gone, after the run
         self._attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Attachment] = (
             weakref.WeakKeyDictionary()
         )
@@ -89,12 +90,13 @@ class OrthoRegCallback:
             )
         saved = self._saved
         if self.regularizer and self.regularizer.model is pl_module and trainer.global_step:
-            saved = saved or self.regularizer.state_dict()  # fit() goes on
+            saved = saved or self.state_dict()  # fit() goes on
         regularizer = OrthoRegularizer(pl_module, **self.options)
         if saved:
             regularizer.load_state_dict(saved)
         self.regularizer, self._saved = regularizer, {}
         self._attached.clear()
+        self._made.clear()
         attached = [self._attach(trainer, optimizer) for optimizer in trainer.optimizers]
         if not any(attached):
             raise ValueError(
@@ -114,7 +116,8 @@ class OrthoRegCallback:
         """What a resumed run needs; empty before the training has started."""
         if self._saved or self.regularizer is None:
             return dict(self._saved)
-        return self.regularizer.state_dict()
+        state, steps = self.regularizer.state_dict(), [made.step for made in self._made]
+        return {**state, "attached_steps": steps + state["attached_steps"][len(steps) :]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues from a checkpoint when the training starts."""
@@ -123,8 +126,9 @@ class OrthoRegCallback:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or a pickle is attached to nothing and goes on with the steps that were made."""
         cls = next(c for c in type(self).__mro__ if c is not type(self))
-        state = {**self.__dict__, "regularizer": None, "_saved": self.state_dict()}
-        return _restore, (cls, {key: state[key] for key in state if key != "_attached"})
+        of_run = ("_attached", "_made", "log", "log_dict")  # the last two are set by the Trainer
+        state = {key: value for key, value in self.__dict__.items() if key not in of_run}
+        return _restore, (cls, {**state, "regularizer": None, "_saved": self.state_dict()})
 
     def _attach(self, trainer: Any, optimizer: torch.optim.Optimizer) -> Attachment | None:
         """The attachment of an optimizer, None if it holds no layer that is regularised now."""
@@ -134,6 +138,7 @@ class OrthoRegCallback:
             unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
             hook = scaler is not None and unscales
             self._attached[optimizer] = self.regularizer.attach(optimizer, hook=hook)
+            self._made.append(self._attached[optimizer])
         return self._attached.get(optimizer)
 
 
@@ -143,13 +148,13 @@ def _has_gradient(optimizer: torch.optim.Optimizer) -> bool:
 
 def _callback_classes() -> tuple[type, ...]:
     """Callback of each package that is loaded, or else of the first one that is installed."""
-    loaded = [sys.modules[name] for name in _PACKAGES if name in sys.modules]
+    loaded = [module for name in _PACKAGES if (module := sys.modules.get(name))]
     for name in () if loaded else _PACKAGES:
         try:
             loaded = [import_module(name)]
             break
         except ModuleNotFoundError as error:
-            if error.name != name.partition(".")[0]:
+            if error.name not in (name, name.partition(".")[0]):
                 raise
     if not loaded:
         raise ImportError(
@@ -168,5 +173,5 @@ def _as_callback(cls: type, bases: tuple[type, ...]) -> type:
 
 def _restore(cls: type[OrthoRegCallback], state: dict[str, Any]) -> OrthoRegCallback:
     callback = cls.__new__(cls)
-    callback.__dict__.update(state, _attached=weakref.WeakKeyDictionary())
+    callback.__dict__.update(state, _attached=weakref.WeakKeyDictionary(), _made=[])
     return callback
