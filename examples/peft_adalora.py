@@ -27,6 +27,7 @@ def main() -> None:
         max_position_embeddings=32,
     )
     adapters = AdaLoraConfig(
+        task_type="CAUSAL_LM",
         init_r=8,
         target_r=4,
         tinit=5,

@@ -11,7 +11,7 @@ from ..functional import gram_penalty
 from . import missing
 
 try:
-    from peft import AdaLoraModel
+    from peft import AdaLoraModel, PeftModel
 except ModuleNotFoundError as error:
     raise missing(__name__, error) from None
 
@@ -85,7 +85,8 @@ def fuse_adalora(model: nn.Module) -> FusedAdaLora:
 
     Raises:
         TypeError: the model has no AdaLoRA adapter.
-        ValueError: it is fused already, or its forward is not PEFT's own.
+        ValueError: it is fused already, its forward is not PEFT's own, or it is never called: that
+            of a PeftModel without ``task_type`` goes past it, so PEFT adds no term either.
     """
     adalora = model if isinstance(model, AdaLoraModel) else getattr(model, "base_model", None)
     if not isinstance(adalora, AdaLoraModel):
@@ -100,6 +101,12 @@ def fuse_adalora(model: nn.Module) -> FusedAdaLora:
         raise ValueError(
             f"the forward of this {type(adalora).__name__} is not PEFT's own, but overridden in a "
             "subclass or wrapped by a hook (device_map): fuse_adalora would lose that"
+        )
+    if type(model).forward is PeftModel.forward:
+        raise ValueError(
+            "this PeftModel calls the model inside and never AdaLoRA's forward, so that there is no "
+            "orthogonality term at all: set task_type= in AdaLoraConfig (or pass model.base_model, "
+            "if you call that)"
         )
     adalora.__class__ = _FusedAdaLoraModel
     return FusedAdaLora(adalora)

@@ -84,6 +84,7 @@ class OrthoRegCallback(TrainerCallback, ExportableState):
                 regularizer.load_state_dict(_from_json(saved))
         self._attachment = regularizer.attach(optimizer, hook=False)
         self.regularizer = regularizer
+        self._enter(state.stateful_callbacks)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds the term to the gradients, which are accumulated, unscaled and clipped."""
@@ -101,10 +102,18 @@ class OrthoRegCallback(TrainerCallback, ExportableState):
 
     def _find(self, stored: dict[str, Any]) -> dict[str, Any] | None:
         """The newest state of this callback; the Trainer appends where there are several."""
-        found = stored.get(type(self).__name__, [])
-        found = [found] if isinstance(found, dict) else found
-        mine = [entry for entry in found if entry["args"].get("name") == self.name]
+        entries = _as_list(stored.get(type(self).__name__))
+        mine = [entry for entry in entries if entry["args"].get("name") == self.name]
         return mine[-1]["attributes"]["saved"] if mine else None
+
+    def _enter(self, stored: dict[str, Any]) -> None:
+        """Adds this callback to those of a checkpoint that was written without it.
+
+        The Trainer writes states of those only that it finds there, and fails at others.
+        """
+        entries = _as_list(stored.get(type(self).__name__))
+        if all(entry["args"].get("name") != self.name for entry in entries):
+            stored[type(self).__name__] = [*entries, self.state()] if entries else self.state()
 
     def _check(self, args: Any, model: nn.Module) -> None:
         if self.lost:
@@ -119,6 +128,10 @@ class OrthoRegCallback(TrainerCallback, ExportableState):
                 f"{'FSDP' if any(whole) else 'DeepSpeed'} gives a process only a part of each "
                 "weight, but the penalty is of whole filters: train with DDP or on one device"
             )
+
+
+def _as_list(entries: Any) -> list[dict[str, Any]]:
+    return entries if isinstance(entries, list) else [entries] if entries else []
 
 
 def _is_json(value: Any) -> bool:

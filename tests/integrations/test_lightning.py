@@ -152,7 +152,7 @@ def plain_loop(
 def assert_same(ours: list[Tensor], plain: list[Tensor], rtol: float = 1e-6) -> None:
     assert len(ours) == len(plain) > 0
     for a, b in zip(ours, plain, strict=True):
-        assert float((a - b).abs().max()) <= rtol * max(float(b.abs().max()), 1.0)
+        assert (a - b).abs().max().item() <= rtol * max(b.abs().max().item(), 1.0)
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
