@@ -1,6 +1,6 @@
 """Logs penalty and correlation to TensorBoard: python examples/log_scalars.py [FOLDER]
 
-The two lines marked with <- are all that logging adds. Needs tensorboard and scikit-learn; some
+The lines marked with <- are all that logging adds. Needs tensorboard and scikit-learn; some
 seconds. For Weights & Biases: ScalarLogger(regularizer, log=wandb.log, every=20).
 """
 
@@ -16,7 +16,7 @@ from torch.nn import functional as f
 from torch.utils.tensorboard import SummaryWriter
 
 import orthoreg_ext as ox
-from orthoreg_ext.integrations.scalars import ScalarLogger
+from orthoreg_ext.integrations.scalars import ScalarLogger  # <- orthoreg_ext
 
 
 def main(folder: str) -> None:
@@ -33,7 +33,7 @@ def main(folder: str) -> None:
     regularizer = ox.OrthoRegularizer(model, strength=1e-2)
     regularizer.attach(optimizer)
     writer = SummaryWriter(folder)
-    log = ScalarLogger(regularizer, add_scalar=writer.add_scalar, every=20, per_layer=True)  # <- orthoreg_ext
+    log = ScalarLogger(regularizer, add_scalar=writer.add_scalar, every=20)  # <- orthoreg_ext
     for _ in range(101):
         chosen = torch.randint(0, 1297, (64,))
         optimizer.zero_grad()
@@ -42,7 +42,7 @@ def main(folder: str) -> None:
         optimizer.step()
         log()  # <- orthoreg_ext
     writer.close()
-    print(f"correlation {log.measure()['orthoreg/correlation']:.4f} in the end")
+    print(regularizer.report())
 
 
 if __name__ == "__main__":

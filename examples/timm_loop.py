@@ -45,7 +45,9 @@ def main() -> None:
         ema.module.eval()
         with torch.no_grad():
             right = ema.module(images[1297:]).argmax(1) == labels[1297:]
-        print(f"epoch {epoch + 1}: accuracy of the averaged model {float(right.float().mean()):.4f}")
+        print(
+            f"epoch {epoch + 1}: accuracy of the averaged model {float(right.float().mean()):.4f}"
+        )
 
 
 if __name__ == "__main__":

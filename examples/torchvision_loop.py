@@ -63,9 +63,9 @@ def main() -> None:
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     images = nn.functional.interpolate(images, size=32).expand(-1, 3, -1, -1)
     labels = torch.tensor(digits.target)
-    train = TensorDataset(images[:640], labels[:640])
+    train = TensorDataset(images[:512], labels[:512])
     loader = DataLoader(train, 64, shuffle=True, drop_last=True)
-    test = DataLoader(TensorDataset(images[1297:], labels[1297:]), 250)
+    test = DataLoader(TensorDataset(images[1297:], labels[1297:]), 100)
 
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)

@@ -104,7 +104,7 @@ def fuse_adalora(model: nn.Module) -> FusedAdaLora:
         )
     if type(model).forward is PeftModel.forward:
         raise ValueError(
-            "this PeftModel calls the model inside and never AdaLoRA's forward, so that there is no "
+            "this PeftModel calls the model inside and never AdaLoRA's forward, so that it has no "
             "orthogonality term at all: set task_type= in AdaLoraConfig (or pass model.base_model, "
             "if you call that)"
         )

@@ -17,11 +17,11 @@ MARK = "# <- orthoreg_ext"
 
 def framework(*packages: str) -> None:
     """Imports packages that may import torchvision by themselves, or skips the test saying why."""
-    for package in packages:
-        try:
+    try:
+        for package in packages:
             load_package(package)
-        except ImportError as error:
-            pytest.skip(str(error))
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 def run_example(name: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -193,12 +193,15 @@ def test_run_equals_the_plain_loop(pl: ModuleType, case: str) -> None:
         settings["plugins"] = plugin(settings.pop("precision"), "cpu")
     fit(pl, lightning_module, callback, batches, **settings)
     assert len(seen) == len(lightning_module.seen) == STEPS
+    # in half precision a last bit of a weight can become a whole step of the rounding
+    later = 1e-3 if "autocast" in loop else 1e-6
+    assert_same(lightning_module.seen[0], seen[0])
     for ours, plain in zip(lightning_module.seen, seen, strict=True):
-        assert_same(ours, plain)
-    assert_same(list(net.parameters()), list(plain_net.parameters()))
+        assert_same(ours, plain, later)
+    assert_same(list(net.parameters()), list(plain_net.parameters()), later)
     reg = callback.regularizer
     last = ox.OrthoRegularizer(plain_net, strength=STRENGTH)
-    assert float(reg().detach()) == pytest.approx(float(last().detach()), rel=1e-6)
+    assert reg().item() == pytest.approx(last().item(), rel=later)
     assert reg.state_dict()["attached_steps"] == [STEPS]
     assert all(a > b for a, b in pairwise(terms)), "the term did nothing"
 
@@ -267,8 +270,8 @@ def test_resumed_run_goes_on_with_its_steps(pl: ModuleType, tmp_path: Any, penal
     assert second.state_dict()["attached_steps"] == [2 * STEPS]
     for ours, plain in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, plain)
+    other = OrthoRegCallback(penalty, 0.1)
     with pytest.raises(ValueError, match="strength"):
-        other = OrthoRegCallback(penalty, 0.1)
         fit(pl, make_module(pl, make_net()), other, batches, path, steps=-1, max_epochs=2)
 
 

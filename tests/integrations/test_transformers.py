@@ -162,10 +162,10 @@ def plain_loop(
     return seen
 
 
-def assert_same(ours: list[Tensor], plain: list[Tensor]) -> None:
+def assert_same(ours: list[Tensor], plain: list[Tensor], rtol: float = 1e-6) -> None:
     assert len(ours) == len(plain) > 0
     for a, b in zip(ours, plain, strict=True):
-        assert (a - b).abs().max().item() <= 1e-6 * max(b.abs().max().item(), 1.0)
+        assert (a - b).abs().max().item() <= rtol * max(b.abs().max().item(), 1.0)
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -195,16 +195,17 @@ def test_run_equals_the_plain_loop(hf: ModuleType, tmp_path: Path, case: str) ->
     if settings.get("fp16"):
         assert trainer.optimizer.scaler.get_scale() == 1024.0
     assert len(seen) == len(expected) == STEPS
+    # in half precision a last bit of a weight can become a whole step of the rounding
+    later = 1e-3 if "autocast" in loop else 1e-6
+    assert_same(seen[0], expected[0])
     for ours, others in zip(seen, expected, strict=True):
-        assert_same(ours, others)
-    assert_same(list(model.parameters()), list(plain.parameters()))
-    value = float(callback.regularizer().detach())
-    assert value == pytest.approx(
-        float(ox.OrthoRegularizer(plain, strength=STRENGTH)().detach()), rel=1e-6
-    )
-    assert value < 0.99 * float(
-        ox.OrthoRegularizer(make_model(hf), strength=STRENGTH)().detach()
-    ), "the term did nothing"
+        assert_same(ours, others, later)
+    assert_same(list(model.parameters()), list(plain.parameters()), later)
+    value = callback.regularizer().item()
+    last = ox.OrthoRegularizer(plain, strength=STRENGTH)
+    assert value == pytest.approx(last().item(), rel=later)
+    first = ox.OrthoRegularizer(make_model(hf), strength=STRENGTH)
+    assert value < 0.99 * first().item(), "the term did nothing"
 
 
 @pytest.mark.parametrize("penalty", ["orthoreg", "srip"])
@@ -226,12 +227,12 @@ def test_resumed_run_goes_on_with_its_steps(hf: ModuleType, tmp_path: Path, pena
 
     other = make_callback(penalty, 0.1, schedule=RAMP)
     trainer = make_trainer(hf, make_model(hf), [other], tmp_path, **settings)
-    with pytest.raises(ValueError, match="strength=1.0"):
+    with pytest.raises(ValueError, match=r"strength=1\.0"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_callbacks_that_the_trainer_builds_anew(hf: ModuleType, tmp_path: Path) -> None:
-    """With restore_callback_states_from_checkpoint: right, or refused where JSON loses something."""
+    """restore_callback_states_from_checkpoint: right, or refused where JSON loses something."""
     settings = {"save_strategy": "steps", "save_steps": STEPS, "steps": 2 * STEPS}
     restore = {**settings, "restore_callback_states_from_checkpoint": True}
     for options, works in (({"every": 2}, True), ({"schedule": RAMP}, False)):
