@@ -57,16 +57,15 @@ def choose_sides(
     columns, offsets, dropped = [], [], []
     for i, group in enumerate(layers.groups):
         n, k = layers.filters(i), layers.fan_in(i)
-        small = is_tall(n, k)
         of_filters = penalty.of_filters or bool(targets and targets[i].numel())
         # the host does not count the filters that are left out, whose number is below the root
         agree = penalty.sides_agree and not (penalty.root and masks and masks[i].numel())
         if of_filters and side == "cols":
             what = f"penalty {penalty.name!r}" if penalty.of_filters else "targets"
             raise ValueError(f"{what} and side='cols' exclude each other: filters are compared")
-        wanted = not of_filters and (small if side == "small" else side == "cols")
+        wanted = not of_filters and (is_tall(n, k) if side == "small" else side == "cols")
         asked = 0.5 if penalty.both_sides else float(wanted)  # the share of the columns
-        column = small if agree and not of_filters else wanted
+        column = is_tall(n, k) if agree and not of_filters else wanted
         columns.append(column)
         # value(rows) - value(cols) = n - k in each group, where the sides agree; of pruned filters
         # none counts in n
