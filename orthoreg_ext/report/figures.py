@@ -17,6 +17,7 @@ from .scores import ScoreCounts
 from .svg import WIDTH, Axis, Chart, box, heat, label, number, picture
 
 CELLS = 128  # rows of a heat map; larger matrices are averaged
+GLYPH = 7.4  # user units for a letter of a layer's name, in a wide font
 OPEN_ROWS = 24  # layers of score histograms that are not folded away
 
 
@@ -162,8 +163,8 @@ def layer_bars(
 
 def _layer_bars(rows: Mapping[str, Sequence[Bar]], what: str, highest: float, digits: int) -> str:
     thick, gap = (11, 8) if len(rows) <= 20 else (10, 5)
-    names = min(max(map(len, rows), default=0), 17)
-    left, room = 8 + 6.8 * names, 86
+    names = min(max(map(len, rows), default=0), 16)
+    left, room = 8 + GLYPH * names, 86
     scale = (WIDTH - left - room) / highest
     parts, down, spoken = [], 2.0, []
     for name, bars in rows.items():
@@ -253,7 +254,7 @@ def _all_scores(arm: Arm, counts: ScoreCounts) -> str:
 def _ridges(arm: Arm, counts: ScoreCounts) -> str:
     """A small histogram for each layer, below each other on one axis."""
     high, names = 24, min(max(map(len, counts.layers)), 14)
-    left, right, down, parts = 8 + 6.8 * names, WIDTH - 10, 4.0, []
+    left, right, down, parts = 8 + GLYPH * names, WIDTH - 10, 4.0, []
     axis = _scores_axis(counts)
     step = (right - left) / len(counts.kept[0])
     for name, kept, gone in zip(counts.layers, counts.kept, counts.gone, strict=True):

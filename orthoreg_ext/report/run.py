@@ -290,10 +290,13 @@ def _configuration(run: Run) -> str:
 
 def command(run: Run) -> str:
     """Returns the command line that does a run again, with every setting spelt out."""
+    given = {field.name: getattr(run.settings, field.name) for field in fields(run.settings)}
+    share = given.pop("ratio")
+    given["target"] = f"{given['target']}={share}"
     options = [
-        f"--{field.name.replace('_', '-')} {shlex.quote(str(value))}"
-        for field in fields(run.settings)
-        if (value := getattr(run.settings, field.name)) is not None
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name, value in given.items()
+        if value is not None
     ]
     return " \\\n  ".join(["orthoreg prune", *options])
 

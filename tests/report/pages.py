@@ -85,7 +85,7 @@ def contrast(first: str, second: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-LONG = "backbone.stages.3.blocks.11.branch<1>.conv_depthwise"
+LONG = "backbone.stages.3.blocks.11.branch<1>.downsample.0"
 LAYERS = ("conv<1>", "conv2", LONG, "fc")
 
 

@@ -73,6 +73,14 @@ LOOK = """
       });
     });
   });
+  document.querySelectorAll('svg g > text').forEach(name => {  // of rows, in front of their bars
+    const r = name.getBoundingClientRect();
+    name.closest('svg').querySelectorAll('.bar').forEach(bar => {
+      const q = bar.getBoundingClientRect();
+      const h = Math.min(r.bottom, q.bottom) - Math.max(r.top, q.top);
+      if (h > 1 && q.width && r.right > q.left + 1) found.over.push(name.textContent + ' / bar');
+    });
+  });
   return found;
 })()
 """

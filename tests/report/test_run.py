@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
+from orthoreg_ext import cli
 from orthoreg_ext.experiment.record import Run, table, verdicts
+from orthoreg_ext.experiment.settings import Settings
 from orthoreg_ext.report import report_html
 from orthoreg_ext.report.run import OLD, command
 
@@ -165,13 +169,23 @@ def test_a_sensitivity_that_could_not_be_measured_says_why() -> None:
     assert text.count("<svg") == 2 + 2 + 2 + 4 + 4 + 3 + 1
 
 
-def test_the_command_holds_every_setting() -> None:
+@pytest.mark.parametrize("changes", [{}, {"target": "macs", "ratio": 0.3, "image_size": 32}])
+def test_the_command_gives_the_settings_back(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = finished([98.0], [96.0])
+    run.settings = replace(run.settings, data="a folder", **changes)
     text = command(run).replace("\\\n", "")
-    assert text.split()[:4] == ["orthoreg", "prune", "--model", "vgg"]
-    assert "--data 'a & <b>'" in text
-    assert "--max-layer-ratio 0.9" in text
-    assert "--image-size" not in text  # None: the default
+    assert shlex.split(text)[:6] == ["orthoreg", "prune", "--model", "vgg", "--data", "a folder"]
+    found: list[dict[str, Any]] = []
+
+    def noted(given: dict[str, Any], *_: object, **__: object) -> None:
+        found.append(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orthoreg_ext.experiment.run", noted)
+    cli.main(shlex.split(text)[1:])
+    assert Settings(**found[0]).resolved() == run.settings
 
 
 def test_a_cut_that_removed_nothing_has_no_histogram() -> None:
