@@ -136,13 +136,13 @@ def plain_loop(
             continue
         scaler.unscale_(stepper)
         if clip and not clip_all:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
+            assert nn.utils.clip_grad_norm_(net.parameters(), clip) > clip
         term = reg()
         terms.append(float(term.detach()))
         term.backward()
         seen.append(gradients(net))
         if clip and clip_all:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
+            assert nn.utils.clip_grad_norm_(net.parameters(), clip) > clip
         scaler.step(stepper)
         scaler.update()
         stepper.zero_grad()

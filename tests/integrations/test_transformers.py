@@ -153,7 +153,7 @@ def plain_loop(
             continue
         scaler.unscale_(stepper)
         if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            assert nn.utils.clip_grad_norm_(model.parameters(), clip) > clip
         reg().backward()
         seen.append(gradients(model))
         scaler.step(stepper)
@@ -172,12 +172,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # settings of the Trainer, of the plain loop
     "plain": ({}, {}),
     "accumulated": ({"accumulate": 3}, {"accumulate": 3}),
-    "clipped": ({"max_grad_norm": 0.5}, {"clip": 0.5}),
+    "clipped": ({"max_grad_norm": 0.05}, {"clip": 0.05}),
     "bf16": ({"bf16": True}, {"autocast": torch.bfloat16}),
     "fp16": ({"fp16": True}, {"autocast": torch.float16, "scale": True}),
     "fp16, clipped": (
-        {"fp16": True, "max_grad_norm": 0.5, "accumulate": 2},
-        {"autocast": torch.float16, "scale": True, "clip": 0.5, "accumulate": 2},
+        {"fp16": True, "max_grad_norm": 0.05, "accumulate": 2},
+        {"autocast": torch.float16, "scale": True, "clip": 0.05, "accumulate": 2},
     ),
 }
 
