@@ -87,7 +87,9 @@ class Attachment:
         return (args[0], with_term, *args[2:]), kwargs
 
     def _add(self, optimizer: torch.optim.Optimizer) -> None:
-        self._add_term(optimizer, self.step)
+        # whatever mode the step is in: weights may be views or functions of parameters
+        with torch.inference_mode(False), torch.enable_grad():
+            self._add_term(optimizer, self.step)
         self.step += 1
 
 

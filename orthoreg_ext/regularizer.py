@@ -133,6 +133,7 @@ class OrthoRegularizer:
         self.every = every
         self.schedule = schedule
         self.step = 0  # calls of this object; attached optimizers count their own steps
+        self._called = 0  # the step of the last call
         self._selection = Selection(
             *(self.side, layer_weights, include, exclude, bias, max_dim, row, num_groups)
         )
@@ -144,7 +145,7 @@ class OrthoRegularizer:
         )
         self._loaded_steps: list[int] = []
         self._selection.check(model)
-        self._plan = plan = self._selection.plan(model)
+        self._plan = plan = self._planned()
         self._state: ModelState | None = ModelState(model)
         if not plan.terms:
             reasons = "; ".join(f"{s.name!r}: {s.reason}" for s in plan.skipped)
@@ -157,19 +158,30 @@ class OrthoRegularizer:
                 warnings.warn(f"layer {layer.name!r} is skipped: {layer.reason}", stacklevel=2)
 
     def __call__(self) -> Tensor:
-        """Returns the term, a differentiable scalar in the weights' computing precision."""
+        """Returns the term, a differentiable scalar in the weights' computing precision.
+
+        Each call counts a step. Not so under ``no_grad`` or ``inference_mode``, where it is the
+        term of the next step, and in a recomputation of torch.utils.checkpoint, where it is that
+        of the last call.
+        """
         plan = self._current()
         if torch.compiler.is_compiling() and self.every == 1 and self.schedule is None:
             factor = self.strength  # a step number would be a constant of the graph
         else:
-            factor = self._factor(self.step)
-            self.step += 1
+            step = self._called if _is_recomputed() else self.step
+            factor = self._factor(step)
+            self._called = step
+            if torch.is_grad_enabled():
+                self.step = step + 1
         if factor == 0 or not plan.terms:
             device = plan.terms[0].coefficients.device if plan.terms else None
             return torch.zeros((), device=device)
         total: Tensor | None = None
         for term in plan.terms:
-            values = functional.gram_penalty(penalty=self.penalty, side=self.side, **term.tensors())
+            tensors = term.tensors()
+            if not torch.is_grad_enabled() and "vectors" in tensors:  # no step: they stay
+                tensors["vectors"] = [vector.clone() for vector in tensors["vectors"]]
+            values = functional.gram_penalty(penalty=self.penalty, side=self.side, **tensors)
             part = (values * term.coefficients.to(values.dtype)).sum() * factor
             total = part if total is None else total + part.to(total.device)
         assert total is not None
@@ -367,14 +379,23 @@ class OrthoRegularizer:
         self._attached = weakref.WeakKeyDictionary()
         self._prepared = weakref.WeakKeyDictionary()
 
+    def _planned(self, vectors: Mapping[str, Tensor] | None = None) -> Plan:
+        with torch.inference_mode(False):  # later steps are to differentiate it
+            return self._selection.plan(self.model, vectors)
+
     def _current(self) -> Plan:
         """The plan for the parameters the model has now."""
         if torch.compiler.is_compiling():
             return self._plan  # a graph is of fixed layers anyway
         if self._state is None or not self._state.holds():
-            self._plan = self._selection.plan(self.model, self._plan.vectors())
+            self._plan = self._planned(self._plan.vectors())
             self._state = ModelState(self.model)
         return self._plan
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward pass is running: then a checkpointed function is called once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _steps(saved: list[Any]) -> list[int]:
