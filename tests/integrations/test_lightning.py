@@ -224,6 +224,16 @@ def test_fused_optimizer_that_unscales_by_itself_gets_a_scaled_term(pl: ModuleTy
     assert_same(*found, rtol=2e-5)  # Adam divides by the root of small numbers
 
 
+def test_optimizer_of_two_runs_gets_the_term_once(pl: ModuleType) -> None:
+    module, callback = make_module(pl, make_net(), "fused"), OrthoRegCallback()
+    optimizer = make_optimizer("fused", module.parameters())
+    module.configure_optimizers = lambda: optimizer
+    for _ in range(2):
+        mixed = pl.plugins.precision.MixedPrecision("16-mixed", "cpu")
+        fit(pl, module, callback, make_batches(1), steps=1, plugins=mixed)
+        assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 def test_both_packages_take_it(pl: ModuleType, package: str) -> None:
     try:
