@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .arguments import is_count, is_factor
-from .attachment import Attachment, PreparedTerms, parameters_of
+from .attachment import Attachment, PreparedTerms, check_hooks, parameters_of
 from .diagnostics import LayerReport, Report, mean_correlation
 from .errors import choose
 from .options import check_num_groups, check_taken
@@ -187,7 +187,7 @@ class OrthoRegularizer:
         assert total is not None
         return total
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
+    def attach(self, optimizer: torch.optim.Optimizer, *, hook: bool = True) -> Attachment:
         """Adds the term's gradient before each step of the optimizer, after its closure if any.
 
         Only parameters of the optimizer are touched, so models with several optimizers attach to
@@ -202,12 +202,22 @@ class OrthoRegularizer:
         and where the factor shall change. Steps outside of the graph, and whatever becomes of this
         object, do not disturb it.
 
+        Without a hook the step stays as it is and the caller says when, by ``add()`` of what is
+        returned: between backward (unscaled, under a GradScaler) and the step. So the term can be
+        inside gradient clipping, which the hook comes after.
+
+        Args:
+            optimizer: the optimizer of some of the layers.
+            hook: whether the optimizer's own step adds the term.
+
         Returns:
             An object whose ``remove()`` detaches.
 
         Raises:
-            ValueError: already attached to this optimizer, it holds none of the layers, or it
-                calls its closure several times a step (LBFGS): use ``loss + reg()`` there.
+            ValueError: already attached to this optimizer, it holds none of the layers, its step
+                runs no hooks (timm's Lookahead, Accelerate's wrapper: attach to the optimizer
+                inside), or it calls its closure several times a step (LBFGS): use ``loss + reg()``
+                there.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -219,15 +229,21 @@ class OrthoRegularizer:
             )
         if optimizer in self._attached and self._attached[optimizer].active:
             raise ValueError("this regulariser is attached to this optimizer already")
-        owned = parameters_of(optimizer)
-        if not any(term.owned(owned) for term in self._current().terms):
+        if hook:
+            check_hooks(optimizer)
+        if not self.concerns(optimizer):
             raise ValueError(
                 "the optimizer holds none of the regularised layers: pass it model.parameters(), "
                 "and attach again after parameters were replaced"
             )
         step = self._loaded_steps.pop(0) if self._loaded_steps else 0
-        self._attached[optimizer] = Attachment(optimizer, self._add_gradient, step)
+        self._attached[optimizer] = Attachment(optimizer, self._add_gradient, step, hook)
         return self._attached[optimizer]
+
+    def concerns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer holds any parameter of the layers that are regularised now."""
+        owned = parameters_of(optimizer)
+        return any(term.owned(owned) for term in self._current().terms)
 
     def _add_gradient(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         factor = self._factor(step)
