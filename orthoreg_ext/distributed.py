@@ -190,6 +190,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 (fully_shard) manages the model or a part of it."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    return any(base.__name__ == "FSDPModule" for base in classes)
+
+
 def refuse_flat_parameters(model: nn.Module) -> None:
     """Refuses FSDP1, where a parameter is a piece of several layers and has lost its filters.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .arguments import is_count, is_factor
-from .attachment import Attachment, PreparedTerms, parameters_of
+from .attachment import Attachment, PreparedTerms, parameters_of, refuse_gathered
 from .diagnostics import LayerReport, Report, mean_correlation
 from .distributed import Group, check_group, unwrapped
 from .errors import choose
@@ -249,6 +249,7 @@ class OrthoRegularizer:
         own = plan if shares is None else shares.own
         prepared = self._prepared.get(optimizer)
         if prepared is None or not prepared.holds(own, optimizer, *settings):
+            refuse_gathered(self.model, plan, optimizer)
             prepared = PreparedTerms(own, optimizer, *settings)
             self._prepared[optimizer] = prepared
         add = partial(prepared.add, factor, getattr(optimizer, "grad_scale", None))

@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed import world
 
-CHECKS = ("tests.distributed.ddp",)
+CHECKS = tuple(f"tests.distributed.{name}" for name in ("ddp", "sharded", "pruned"))
 
 needs_gloo = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
