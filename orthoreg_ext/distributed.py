@@ -109,6 +109,23 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(view)
 
 
+def mean_of_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The means over the ranks that pruning agrees among; of one, the tensors as they are."""
+    group = current()
+    if group is None:
+        return list(tensors)
+    found = [tensor.detach().clone() for tensor in tensors]
+    sum_over_ranks(found)
+    return [tensor / dist.get_world_size(group) for tensor in found]
+
+
+def largest_over_ranks(tensor: Tensor) -> None:
+    """Replaces every entry by the largest of the ranks that pruning agrees among."""
+    group = current()
+    if group is not None:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group)
+
+
 def mean_over_ranks(value: float) -> float:
     """The mean of a number over the ranks, the same on each."""
     group = current()
@@ -168,6 +185,23 @@ def require_same(group: Group, what: str, own: Sequence[Any], remedy: str) -> No
                 f"{what} differ between the ranks: {first} on rank 0, but {second} on rank {rank}. "
                 f"{remedy}"
             )
+
+
+def require_same_cut(described: Sequence[str]) -> None:
+    """Refuses a cut that differs between the ranks that pruning agrees among.
+
+    Raises:
+        RuntimeError: on every rank, before anything is removed.
+    """
+    group = current()
+    if group is not None:
+        require_same(
+            group,
+            "the cuts",
+            described,
+            "Nothing was removed. Are weights, arguments and order of calls the same on all ranks? "
+            "A process that prunes alone does so inside orthoreg_ext.distributed.among(None)",
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -114,7 +114,7 @@ def check_sharing_what_is_sharded_is_refused(rank: int, ranks: int) -> None:
     model = fsdp_net(ranks, False)
     fully_shard(model)
     reg = ox.OrthoRegularizer(model, shard=True)
-    with pytest.raises(TypeError, match="layer '0' is a DTensor.*leave shard out"):
+    with pytest.raises(TypeError, match=r"layer '0' is a DTensor.*leave shard out"):
         reg()
     with pytest.raises(TypeError, match="is sharded"):
         ox.pruning.prune(model, torch.randn(1, 3, 6, 6), criterion="l1")
