@@ -63,6 +63,19 @@ def check_group(group: Group | None) -> Group:
     return found
 
 
+def check_sharing(shard: object, group: Group | None) -> None:
+    """Checks the arguments of that name.
+
+    Raises:
+        RuntimeError: as :func:`check_group`.
+        ValueError: there is a group, but nothing to share.
+    """
+    if group is not None and not shard:
+        raise ValueError("process_group says who shares the layers: pass shard=True too, or none")
+    if shard:
+        check_group(group)
+
+
 class Flat:
     """Tensors in one buffer for each device and type, which one collective sums over ranks.
 

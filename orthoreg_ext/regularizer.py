@@ -15,7 +15,7 @@ from . import functional
 from .arguments import is_count, is_factor
 from .attachment import Attachment, PreparedTerms, parameters_of, refuse_gathered
 from .diagnostics import LayerReport, Report, mean_correlation
-from .distributed import Group, check_group, unwrapped
+from .distributed import Group, check_group, check_sharing, unwrapped
 from .errors import choose
 from .options import check_num_groups, check_taken
 from .penalties import get_penalty
@@ -57,12 +57,10 @@ class OrthoRegularizer:
     the true one; ``report()`` gives the true one. ``ocnn`` takes strides and dilations from the
     modules and leaves biases out; layers that are no 2-D convolution or linear are skipped.
 
-    Of many processes each computes the whole term, by default: the same on every rank, so the mean
-    of DistributedDataParallel is right. With `shard` each computes some of the layers, in both
-    routes: ``reg()`` still is the value of the whole term, and the mean over the ranks of its
-    gradient the whole gradient; an attached optimizer's ranks exchange theirs, which have to be
-    averaged by then, and end bit-equal. Sharded weights (FSDP2, tensor parallelism) are gathered
-    layer by layer, by all ranks at once. See docs/howto/distributed.md.
+    Of many processes each computes the whole term, so that DDP's mean of gradients is right. With
+    `shard` each computes some layers: ``reg()`` still is the value of the whole term, and the mean
+    over the ranks of its gradient the whole gradient; attached optimizers exchange gradients, which
+    stay bit-equal. Sharded weights (FSDP2, tensor parallelism) are gathered, by all ranks at once.
 
     Args:
         model: the module whose layers are regularised; of DistributedDataParallel the one inside.
@@ -82,8 +80,7 @@ class OrthoRegularizer:
             :mod:`orthoreg_ext.schedules` for example.
         max_dim: the largest Gram matrix that is taken without `include`.
         num_groups: of ``gor``: see :func:`functional.gram_penalty`.
-        shard: deal the layers to the ranks of `process_group`, balanced by their cost. All of them
-            have to take every step then.
+        shard: deal the layers to the ranks, balanced by cost; see docs/howto/distributed.md.
         process_group: the one that averages the gradients; by default all ranks.
 
     Raises:
@@ -144,10 +141,7 @@ class OrthoRegularizer:
         check_taken(row, num_groups=num_groups)
         if "num_groups" in row.takes:
             num_groups = check_num_groups(num_groups)
-        if process_group is not None and not shard:
-            raise ValueError("process_group says who shares the layers: pass shard=True, or none")
-        if shard:
-            check_group(process_group)
+        check_sharing(shard, process_group)
         self.model = model = unwrapped(model)
         self.penalty = penalty
         self.strength = float(strength)
