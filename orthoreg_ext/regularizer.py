@@ -29,7 +29,7 @@ from .plan import (
     Term,
 )
 from .schedules import BansalSteps, Stateful
-from .sharing import Shares, weighted_sum
+from .sharing import Shares, shared_total, weighted_sum
 from .sides import SIDES
 
 
@@ -186,7 +186,8 @@ class OrthoRegularizer:
             device = plan.terms[0].coefficients.device if plan.terms else None
             return torch.zeros((), device=device)
         if self.shard:
-            return self._shared(plan).total(self._values, factor)
+            shared: Tensor = shared_total(partial(self._shared, plan), self._values, factor)
+            return shared
         return weighted_sum(plan.terms, [self._values(term) for term in plan.terms], factor)
 
     def _values(self, term: Term) -> Tensor:  # [L]
@@ -258,7 +259,6 @@ class OrthoRegularizer:
             )
 
     def _shared(self, plan: Plan) -> Shares:
-        """The layers as dealt to the ranks, anew when they have changed."""
         if self._shares is None or self._shares.plan is not plan:
             settings = [f"{self.penalty!r}, side={self.side!r}, every={self.every}"]
             self._shares = Shares(plan, check_group(self._group), settings)

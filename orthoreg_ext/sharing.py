@@ -143,6 +143,14 @@ class Shares:
         return bool(wanted)
 
 
+@torch.compiler.disable(reason="the ranks talk with shard=True")  # type: ignore[untyped-decorator]
+def shared_total(
+    shares: Callable[[], Shares], values: Callable[[Term], Tensor], factor: float
+) -> Tensor:
+    """:meth:`Shares.total`, between two graphs of a compiled function."""
+    return shares().total(values, factor)
+
+
 class Exchange:
     """Gradients that each rank computes of its layers and then all ranks add.
 

@@ -252,6 +252,24 @@ def check_a_resumed_run(rank: int, ranks: int) -> None:
     assert resumed.attach(again).step == 1
 
 
+def check_a_compiled_loss(rank: int, ranks: int) -> None:
+    """The shared term stands between two graphs; one graph alone is refused."""
+    if ranks > 2:
+        return  # the compiler takes seconds in each process
+    model = nets.net()
+    reg = ox.OrthoRegularizer(model, shard=True)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model.conv1(x).square().mean() + reg()
+
+    x, _ = nets.data()
+    found = torch.compile(loss, backend="eager")(x)
+    assert torch.allclose(found, loss(x), rtol=1e-6)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="the ranks talk with shard=True"):
+        torch.compile(loss, backend="eager", fullgraph=True)(x)
+
+
 def check_planted_bugs_are_seen(rank: int, ranks: int) -> None:
     """Without the exchange, the factor of the ranks, or the other ranks' zeros, checks fail."""
 

@@ -256,6 +256,7 @@ def check_orthoreg_method(rank: int, ranks: int) -> None:
             *(model, EXAMPLE),
             data=[nets.part(batch, rank, ranks) for batch in batches()],
             optimizer=optimizer,
+            regularizer=ox.OrthoRegularizer(model, shard=ranks > 1),
             ratio=0.4,
             rounds=2,
             ortho_epochs=1,
