@@ -196,7 +196,7 @@ class Exchange:
 class _Whole(torch.autograd.Function):
     """The value of the whole term with the gradient of one rank's share, times the ranks.
 
-    The parameters of other ranks' layers get zeros, for DDP waits for a gradient of every one.
+    The parameters of other ranks' layers get zeros: whoever averages finds a gradient of each.
     """
 
     @staticmethod

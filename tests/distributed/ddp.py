@@ -100,6 +100,18 @@ def check_each_rank_computes_its_layers_only(rank: int, ranks: int) -> None:
     assert min(counts) >= 1
 
 
+def check_the_mean_over_the_ranks_is_the_gradient(rank: int, ranks: int) -> None:
+    """Also without DDP: every rank has a gradient of every parameter of the term."""
+    model, single = nets.net(), nets.net()
+    ox.OrthoRegularizer(model, shard=True)().backward()
+    ox.OrthoRegularizer(single)().backward()
+    for mine, whole in zip(model.parameters(), single.parameters(), strict=True):
+        assert (mine.grad is None) == (whole.grad is None)
+        if whole.grad is not None:
+            dist.all_reduce(mine.grad)
+            assert torch.allclose(mine.grad / ranks, whole.grad, rtol=1e-6, atol=1e-9)
+
+
 def check_eigenvectors_are_known_to_all(rank: int, ranks: int) -> None:
     for attach in (False, True):
         model = nets.net()
