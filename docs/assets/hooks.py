@@ -32,7 +32,7 @@ def on_page_markdown(markdown: str, page: SimpleNamespace, config: Any, **_: Any
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Makes links of the docstrings' roles, and plain colons of the two before an indented block."""
+    """Makes code of the docstrings' roles, and one colon of two in front of a block."""
 
     def link(match: re.Match[str]) -> str:
         name = unescape(match[2])
