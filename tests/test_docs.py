@@ -297,9 +297,11 @@ NO_ENTRY = {"functional", "integrations", "pruning", "schedules", "__version__"}
 @pytest.mark.parametrize("module", MODULES)
 def test_the_reference_has_every_public_name(module: str) -> None:
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
-    shown = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
-    shown |= {f"orthoreg_ext.{name.rpartition('.')[2]}" for name in shown}  # made elsewhere
+    shown = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    modules = [s for s in shown if (ROOT / s.replace(".", "/")).with_suffix(".py").exists()]
+    assert not modules, "these show a module, not what it holds under the same name"
+    shown = [name for name in shown if name.startswith(f"{module}.")]
     names = public_names(ROOT / "orthoreg_ext" / MODULES[module]) - NO_ENTRY
     assert names, "the module has no public name"
-    missing = sorted(name for name in names if f"{module}.{name}" not in shown)
+    missing = sorted(name for name in names if not any(s.endswith(f".{name}") for s in shown))
     assert not missing, f"docs/api lacks ::: {module}.X for {missing}"
