@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from orthoreg_ext import cli, integrations
+from orthoreg_ext.experiment.zoo import load_package
 from orthoreg_ext.penalties import PENALTIES
 from orthoreg_ext.pruning import CRITERIA, methods
 
@@ -122,6 +123,9 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", [page for page in PAGES if program(page)], ids=name_of)
 def test_the_code_of_a_page_runs(page: Path) -> None:
+    code = "\n".join(block.text for block in program(page))
+    if re.search(r"^ *(from|import) (torchvision|timm|lightning|transformers|peft)\b", code, re.M):
+        load_package("torchvision")  # so that it imports beside any build of torch
     run(page)
 
 
