@@ -262,7 +262,7 @@ NAMED = [
 ]
 
 
-@pytest.mark.parametrize(("folder", "name"), dict.fromkeys(NAMED), ids="/".join)
+@pytest.mark.parametrize(("folder", "name"), dict.fromkeys(NAMED))
 def test_every_penalty_criterion_and_method_has_its_page(folder: str, name: str) -> None:
     page = DOCS / folder / f"{name}.md"
     assert set(re.findall(r"^## (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)) >= SECTIONS

@@ -14,6 +14,7 @@ LINK = re.compile(r"\[([^\]\n]+)\]\((\.\./[^)#\s]+)(?:#[^)\s]*)?\)")
 TABLES = re.compile(r"<!-- benchmarks: .*?-->(.*)<!-- /benchmarks -->", re.DOTALL)
 ROLE = re.compile(r":(?:func|class|meth|data|attr|mod):<code>(~?)\.?([^<]+)</code>")
 PAGE = re.compile(r"\bdocs/([a-z-]+)\.md\b(?![^<]*</(?:a|code)>)")
+FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*>")
 DOUBLE_COLON = re.compile(r"\s*::(?=</p>)")
 
 
@@ -56,3 +57,15 @@ def on_page_content(html: str, page: SimpleNamespace, **_: Any) -> str:
         return f'<a href="../{match[1]}.html">{match[1]}</a>'
 
     return PAGE.sub(link, DOUBLE_COLON.sub(":", ROLE.sub(name, html)))
+
+
+def on_post_page(output: str, page: SimpleNamespace, **_: Any) -> str:
+    """Refuses a page that would fetch something: the site is read without a network, too.
+
+    Raises:
+        ValueError: it would.
+    """
+    fetched = FETCHED.search(output)
+    if fetched:
+        raise ValueError(f"{page.file.src_uri} fetches from elsewhere: {fetched[0]}")
+    return output
