@@ -290,12 +290,13 @@ MODULES = {
     "orthoreg_ext.schedules": "schedules.py",
     "orthoreg_ext.pruning": "pruning/__init__.py",
     "orthoreg_ext.diagnosis": "diagnosis/__init__.py",
+    "orthoreg_ext.report": "report/__init__.py",
     **{
         f"orthoreg_ext.integrations.{name}": f"integrations/{name}.py"
         for name in integrations.__all__
     },
 }
-NO_ENTRY = {"functional", "integrations", "pruning", "schedules", "__version__"}
+NO_ENTRY = {"distributed", "functional", "integrations", "pruning", "schedules", "__version__"}
 
 
 @pytest.mark.parametrize("module", MODULES)
