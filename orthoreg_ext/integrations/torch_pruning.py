@@ -11,7 +11,6 @@ the model, in one pass over weights and gradients; the others read from it.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -30,7 +29,7 @@ try:
     import torch_pruning as tp
 except ModuleNotFoundError as error:
     raise missing(__name__, error) from None
-from .torch_pruning_fused import FusedImportance, Normalizer
+from .torch_pruning_fused import FusedImportance, Normalizer, warn_of_train_mode
 from .torch_pruning_groups import (
     BATCHNORM,
     DEPTHWISE,
@@ -51,8 +50,6 @@ __all__ = [
     "VarietyImportance",
     "with_orthoreg",
 ]
-
-_TRAIN_MODE = 1e-4  # |sum w g| / sum |w g| behind a BatchNorm in train mode: 1e-6; else about 0.1
 
 
 class FusedMagnitudeImportance(FusedImportance):
@@ -198,7 +195,7 @@ class OrthoRegImportance(FusedImportance):
 
     def _pass(self, layers: list[nn.Module]) -> list[LayerScores]:
         filters = [filters_of(layer) for layer in layers]
-        biases = [rows.bias if self.bias else None for rows in filters]
+        biases = [(*self._parameters(layer), None)[1] for layer in layers]
         has_bias = any(bias is not None for bias in biases)
         scores = functional.filter_scores(
             [rows.weight for rows in filters],
@@ -208,7 +205,7 @@ class OrthoRegImportance(FusedImportance):
             bias_grads=[None if b is None else b.grad for b in biases] if has_bias else None,
             groups=[rows.groups for rows in filters],
         )
-        _warn_of_train_mode(layers, scores["fisher"], scores["taylor_abs"])
+        warn_of_train_mode(layers, scores["fisher"], scores["taylor_abs"])
         return [LayerScores(row, None, None) for row in scores["fisher"]]
 
 
@@ -389,20 +386,3 @@ def _own_dicts(
 
 def _squared(rows: list[Tensor]) -> list[Tensor]:  # each [n]
     return list(torch.cat(rows).square_().split([len(row) for row in rows]))
-
-
-def _warn_of_train_mode(
-    layers: list[nn.Module], fisher: list[Tensor], absolute: list[Tensor]
-) -> None:
-    """Warns where sum w g is 0 but for rounding in all filters of a layer."""
-    signed = torch.stack([row.sqrt().sum() for row in fisher])
-    whole = torch.stack([row.sum() for row in absolute])
-    none = ((signed < _TRAIN_MODE * whole) & (whole > 0)).nonzero().flatten().tolist()
-    several = [i for i in none if len(fisher[i]) > 1]
-    if several:
-        warnings.warn(
-            f"sum w g is 0 but for rounding in {len(several)} of {len(layers)} layers, e.g. "
-            f"{layers[several[0]]}: behind a BatchNorm the gradient has to be taken in eval mode "
-            "(model.eval() before loss.backward())",
-            stacklevel=2,
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..errors import choose
 from ..layers import layer_kind
 from .torch_pruning_groups import (
+    Item,
     LayerScores,
     ScoreCache,
     is_whole,
@@ -29,6 +31,7 @@ Normalizer = str | Callable[[Tensor], Tensor] | None
 
 REDUCTIONS = ("mean", "sum", "max", "prod", "first", "gate")
 NORMALIZERS = ("sum", "standarization", "mean", "max", "gaussian", "lamp")  # [sic], as there
+_TRAIN_MODE = 1e-4  # |sum w g| / sum |w g| behind a BatchNorm in train mode: 1e-6; else about 0.1
 
 
 class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[misc]
@@ -85,6 +88,8 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
 
     def _raw(self, group: Any) -> Tensor | None:  # [root channels]
         items = items_of(group, self.HANDLERS, tuple(self.target_types))
+        if self.SLOPES:
+            self._check_gradients(group, items)
         found = self._scores(group, [item.layer for item in items])
         rows, size = [], size_of(group)
         for item in items:
@@ -108,8 +113,6 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
     def _scores(self, group: Any, layers: list[nn.Module]) -> dict[nn.Module, LayerScores]:
         """The scores of layers of a group; of all layers of the model where they are not known."""
         layers = list(dict.fromkeys(layers))
-        if self.SLOPES:
-            self._check_gradients(group, layers)
         whole = is_whole(group)
         if whole:
             self._cache.begin(group)
@@ -134,13 +137,16 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
         return [
             layer
             for layer in dict.fromkeys(candidates)
-            if not (self.SLOPES and any(t.grad is None for t in self._parameters(layer)))
+            if not (self.SLOPES and layer.weight.grad is None)
             and self._cache.get(layer, self._tensors(layer)) is None
         ]
 
-    def _parameters(self, layer: nn.Module) -> list[Tensor]:
+    def _parameters(self, layer: Any) -> list[Tensor]:
+        """The weight, and the bias where it counts and, if gradients do, has one."""
         bias = getattr(layer, "bias", None) if self.bias else None
-        return [layer.weight] if bias is None else [layer.weight, bias]  # type: ignore[list-item]
+        if bias is None or (self.SLOPES and bias.grad is None):
+            return [layer.weight]
+        return [layer.weight, bias]
 
     def _tensors(self, layer: nn.Module) -> Iterable[Tensor]:
         """All that the scores of a layer are computed from."""
@@ -149,14 +155,15 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
             if self.SLOPES and parameter.grad is not None:
                 yield parameter.grad
 
-    def _check_gradients(self, group: Any, layers: list[nn.Module]) -> None:
-        for layer in layers:
-            for parameter in self._parameters(layer):
-                if parameter.grad is None:
-                    which = "weight" if parameter is layer.weight else "bias"
+    def _check_gradients(self, group: Any, items: list[Item]) -> None:
+        for item in items:
+            names = ["weight", "bias"] if self.bias and not item.inputs else ["weight"]
+            for name in names:
+                parameter = getattr(item.layer, name, None)
+                if parameter is not None and parameter.grad is None:
                     raise ValueError(
-                        f"{type(self).__name__} needs gradients, but the {which} of layer "
-                        f"{name_of(group, layer)!r} has none: call loss.backward() before "
+                        f"{type(self).__name__} needs gradients, but the {name} of layer "
+                        f"{name_of(group, item.layer)!r} has none: call loss.backward() before "
                         "the pruner's step, or list the layer in ignored_layers if it is frozen"
                     )
 
@@ -167,11 +174,9 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
         for layer in layers:
             parameters = self._parameters(layer)
             tensors += parameters
-            # A grouped convolution's input channel counts in all groups at once, as they are pruned
-            split = layer_kind(layer) == "transposed"
-            shared += [int(getattr(layer, "groups", 1)) if split else 1] + [1] * (
-                len(parameters) - 1
-            )
+            # the groups of a convolution lose the same inputs, so an input counts in all of them
+            split = getattr(layer, "groups", 1) if layer_kind(layer) == "transposed" else 1
+            shared += [int(split), *[1] * (len(parameters) - 1)]
         slopes = [t.grad for t in tensors if t.grad is not None] if self.SLOPES else None
         rows = iter(zip(*self._sums(tensors, slopes, shared), strict=True))
         found = []
@@ -227,3 +232,20 @@ def _check_finite(
         f"{importance} is not finite for layer {name_of(group, layer)!r}: the cut would be "
         "arbitrary. Look for NaN or infinity in its weights, or in the gradients (loss, data)"
     )
+
+
+def warn_of_train_mode(
+    layers: list[nn.Module], fisher: list[Tensor], absolute: list[Tensor]
+) -> None:
+    """Warns where sum w g is 0 but for rounding in all filters of a layer."""
+    signed = torch.stack([row.sqrt().sum() for row in fisher])
+    whole = torch.stack([row.sum() for row in absolute])
+    none = ((signed < _TRAIN_MODE * whole) & (whole > 0)).nonzero().flatten().tolist()
+    several = [i for i in none if len(fisher[i]) > 1]
+    if several:
+        warnings.warn(
+            f"sum w g is 0 but for rounding in {len(several)} of {len(layers)} layers, e.g. "
+            f"{layers[several[0]]}: behind a BatchNorm the gradient has to be taken in eval mode "
+            "(model.eval() before loss.backward())",
+            stacklevel=2,
+        )

@@ -32,8 +32,8 @@ class Item:
 
     layer: nn.Module
     inputs: bool  # its input channels, not its filters
-    channels: list[int]  # of the layer
-    places: list[int]  # for each of them the position of its root channel in the group
+    channels: list[int] | None  # of the layer; None: 0, 1, 2, ...
+    places: list[int] | None  # of each the root channel's position in the group; None: 0, 1, 2, ...
 
     def spread(
         self,
@@ -46,11 +46,14 @@ class Item:
         Raises:
             IndexError: the layer has no such channel.
         """
-        if self.channels and max(self.channels) >= len(scores):
-            raise IndexError(f"channel {max(self.channels)}, but the layer has {len(scores)}")
-        if self.channels != list(range(len(scores))):
+        last = size - 1 if self.channels is None else max(self.channels, default=0)
+        if last >= len(scores):
+            raise IndexError(f"channel {last}, but the layer has {len(scores)}")
+        if self.channels is None:
+            scores = scores[:size]
+        else:
             scores = scores[torch.tensor(self.channels, device=scores.device)]
-        if self.places == list(range(size)):
+        if self.places is None:
             return scores
         places = torch.tensor(self.places, device=scores.device)
         found = scores.new_zeros(size).index_add_(0, places, scores)
@@ -88,16 +91,20 @@ def items_of(
         types: the classes of the layers that count.
     """
     first = group[0].root_idxs
-    position = {root: place for place, root in enumerate(first)}
+    order = list(range(len(first)))
     found = []
     for item in group.items:
         layer, handler, roots = item.dep.target.module, item.dep.handler, item.root_idxs
         if handler not in handlers or not _counts(layer, types):
             continue
-        if None in roots:  # grouped-query attention: the origin is lost
-            continue
-        places = list(position.values()) if roots == first else [position[r] for r in roots]
-        found.append(Item(layer, handler in IN, list(item.idxs), places))
+        channels = None if item.idxs == order else list(item.idxs)
+        places = None
+        if roots != first:
+            if None in roots:  # grouped-query attention: the origin is lost
+                continue
+            position = {root: place for place, root in enumerate(first)}
+            places = [position[root] for root in roots]
+        found.append(Item(layer, handler in IN, channels, places))
     return found
 
 

@@ -26,10 +26,13 @@ def similar(items: list[Item], size: int) -> Similar:
     count = torch.zeros(size, size, dtype=torch.float64)
     alive = torch.zeros(size, dtype=torch.bool)
     held = torch.zeros(size, dtype=torch.bool)
+    all_of_them = torch.arange(size)
     for item in items:
         layer = filters_of(item.layer)
         place = torch.full((layer.filters,), -1)
-        place[item.channels] = torch.tensor(item.places)
+        place[all_of_them if item.channels is None else item.channels] = (
+            all_of_them if item.places is None else torch.tensor(item.places)
+        )
         matrices = layer.weight.detach().flatten(1).chunk(layer.groups)
         for matrix, places in zip(matrices, place.chunk(layer.groups), strict=True):
             rows = (places >= 0).nonzero().flatten()
