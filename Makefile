@@ -115,6 +115,13 @@ wheel: $(STAMPS)/build ## a wheel for this Python and platform in dist/
 	@$(STEP) "wheel" --quiet -- $(PY) -m pip wheel -v --no-deps --no-build-isolation -w dist .
 	@ls -l dist/*.whl
 
+.PHONY: docs
+test: docs
+
+# Not mkdocs --quiet, which drops the warnings that --strict is to count.
+docs: $(STAMPS)/packages-dev ## the documentation as a site, build/site/index.html; warnings are errors
+	@$(STEP) "documentation" --quiet -- env NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 gpu-check: ## on a machine with an NVIDIA GPU: tests, compute-sanitizer and benchmarks on it
 	@PYTHON=$(PYTHON) bash scripts/gpu_check.sh
 
