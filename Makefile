@@ -24,7 +24,7 @@ BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -t
 FORMATTED = $(shell find csrc tests scripts -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile-gate bench readme wheel gpu-check build emulator clean
+.PHONY: help demo test lint compile-gate bench readme wheel check-wheel gpu-check build emulator fuzz clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -39,7 +39,7 @@ $(STAMPS)/environment: scripts/environment.py
 	@mkdir -p $(STAMPS) && touch $@
 
 # What the package needs at run time, and for development; the package itself is compiled below.
-$(STAMPS)/packages-cli $(STAMPS)/packages-dev: $(STAMPS)/packages-%: $(STAMPS)/environment pyproject.toml
+$(STAMPS)/packages-cli $(STAMPS)/packages-dev $(STAMPS)/packages-release: $(STAMPS)/packages-%: $(STAMPS)/environment pyproject.toml
 	@$(STEP) "packages [$*]" --quiet -- env ORTHOREG_EXT_NO_BUILD=1 \
 		$(PIP) --no-build-isolation -e '.[$*]'
 	@touch $@
@@ -110,10 +110,15 @@ bench: $(STAMPS)/build-test ## the benchmarks, under 5 minutes; FULL=1: every mo
 readme: $(STAMPS)/packages-dev ## the README's benchmark table and figure from benchmarks/results
 	@$(PY) -m benchmarks.readme
 
-wheel: $(STAMPS)/build ## a wheel for this Python and platform in dist/
-	@rm -rf build/lib* build/bdist*
-	@$(STEP) "wheel" --quiet -- $(PY) -m pip wheel -v --no-deps --no-build-isolation -w dist .
-	@ls -l dist/*.whl
+# One wheel for each CPython named here, beside the environment's own: PYTHONS="python3.12 python3.13".
+PYTHONS ?=
+
+wheel: $(STAMPS)/packages-release ## the sdist and the wheels, in dist/; PYTHONS="python3.12 ..."
+	@$(STEP) "wheels" -- env PYTHONS='$(PYTHONS)' $(PY) scripts/wheels.py --out dist
+
+check-wheel: $(STAMPS)/packages-release ## uses what is in dist/ without a compiler
+	@$(STEP) "wheels, in an environment without a compiler" -- env PYTHONS='$(PYTHONS)' \
+		$(PY) scripts/check_wheel.py $(VENV)/constraints.txt --wheels dist
 
 gpu-check: ## on a machine with an NVIDIA GPU: tests, compute-sanitizer and benchmarks on it
 	@PYTHON=$(PYTHON) bash scripts/gpu_check.sh
