@@ -76,9 +76,10 @@ compile-gate: $(STAMPS)/build-test ## registers and spills of every CUDA kernel
 	@$(if $(filter ON on 1,$(TEST_CUDA)),$(STEP) "compile gate" -- $(PY) scripts/compile_gate.py \
 		--out build/compile_gate.txt,echo '==> compile gate: left out, TEST_CUDA is $(TEST_CUDA)')
 
-test: $(STAMPS)/build-test lint compile-gate ## lint, all tests, the emulated kernels under sanitizers, the wheel
+test: $(STAMPS)/build-test lint compile-gate ## lint, all tests, the sanitizers, the wheels
 	@OMP_NUM_THREADS=1 $(STEP) "pytest" -- $(PY) -m pytest -n $(JOBS) -p no:benchmark $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory emulator
+	@$(MAKE) --no-print-directory fuzz
 	@$(STEP) "wheels, in an environment without a compiler" -- \
 		env ORTHOREG_CUDA=$(TEST_CUDA) ORTHOREG_WERROR=1 $(PY) scripts/check_wheel.py $(VENV)/constraints.txt
 	@echo "==> make test: all passed"
@@ -93,6 +94,10 @@ emulator: $(STAMPS)/build-test ## the CUDA kernels on the CPU, under two sanitiz
 		OMP_NUM_THREADS=1 $(STEP) "emulated kernels for the $$sanitizer sanitizer: test" -- \
 			$(PY) -m tests.emu.sanitize $$sanitizer -q $(EMULATED) || exit 1; \
 	done
+
+# ORTHOREG_FUZZ_EXAMPLES: how many, 10 000 if not set; ORTHOREG_FUZZ_SEED=random: others every time.
+fuzz: $(STAMPS)/packages-dev ## odd arguments for everything, under the address and UB sanitizers
+	@$(STEP) "fuzz: the CPU operators under sanitizers" -- $(PY) -m tests.fuzz.sanitized
 
 # Quick in under 5 minutes; BENCH_ARGS="--budget 60" for less. The table and the files are made of the
 # records that were written, also of a run that failed or was stopped.

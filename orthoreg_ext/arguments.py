@@ -112,8 +112,11 @@ def check_tensor(argument: str, tensor: object, minimum_dim: int) -> Tensor:
             f"{argument} has shape {tuple(tensor.shape)}, expected [filters, ...] with at least "
             f"{minimum_dim} dimensions; use .unsqueeze(0) for a single filter"
         )
-    if not torch.compiler.is_compiling() and tensor._is_zerotensor():
-        return tensor.clone()  # it has no memory
+    if not torch.compiler.is_compiling():
+        if tensor._is_zerotensor():  # it has no memory
+            return tensor.clone()
+        if tensor.is_neg():  # its memory holds the negated values
+            return tensor.resolve_neg()
     return tensor
 
 
@@ -289,7 +292,8 @@ def check_fisher(layers: Layers, fisher: Sequence[Tensor]) -> list[Tensor]:
     ordered = []
     first: dict[int, int] = {}
     for i, (tensor, weight) in enumerate(zip(fisher, layers.weights, strict=True)):
-        if check_tensor(f"fisher[{i}]", tensor, 1) is not tensor:
+        held = check_tensor(f"fisher[{i}]", tensor, 1)
+        if tensor._is_zerotensor():
             raise ValueError(f"fisher[{i}] is a zero tensor without memory: clone it")
         wide = compute_dtype(weight.dtype)
         if tensor.dtype != wide:
@@ -312,6 +316,6 @@ def check_fisher(layers: Layers, fisher: Sequence[Tensor]) -> list[Tensor]:
                 f"fisher[{i}] is the tensor of fisher[{first[id(tensor)]}]; every weight needs its "
                 "own accumulator"
             )
-        same = tensor.stride()[1:] == weight.stride()[1:] and has_dense_filters(tensor)
+        same = held is tensor and tensor.stride()[1:] == weight.stride()[1:] and has_dense_filters(tensor)
         ordered.append(tensor if same else torch.empty_like(weight, dtype=wide).copy_(tensor))
     return ordered

@@ -212,7 +212,7 @@ class Layers:
 
     def tensors(self) -> list[Tensor]:
         """What could be changed by a call."""
-        rows = [self.weights, self.biases or []]
+        rows = [self.weights, self.biases]
         return [t for row in rows if isinstance(row, list) for t in row if isinstance(t, Tensor)]
 
 

@@ -28,8 +28,9 @@ def matrices(drawn: Layers, i: int) -> tuple[Tensor, Tensor]:  # [g, n, k], [g, 
     """The filter matrices of a layer and their absolute values, in float64."""
     weight = plain(drawn.weights[i])
     matrix = weight.reshape(weight.shape[0], weight.shape[1:].numel())
-    if drawn.biases is not None and drawn.biases[i] is not None:
-        matrix = torch.cat([matrix, plain(drawn.biases[i])[:, None]], 1)
+    bias = None if drawn.biases is None else drawn.biases[i]
+    if bias is not None and bias.numel():  # an empty one is none
+        matrix = torch.cat([matrix, plain(bias)[:, None]], 1)
     group = 1 if drawn.groups is None else drawn.groups[i]
     matrix = matrix.reshape(group, weight.shape[0] // group, matrix.shape[1])
     return matrix, matrix.abs()
@@ -118,6 +119,11 @@ def expected_of(drawn: Layers, given_options: dict[str, Any]) -> tuple[Tensor, T
     factors = given_options.get("coefficients")
     for i in range(len(weights)):
         _, size = matrices(drawn, i)
+        left_out = wide.get("pruned") if given_options["penalty"] != "tpp" else None
+        if left_out is not None and left_out[i] is not None:
+            gone = torch.zeros(size.shape[:2].numel(), dtype=torch.bool)
+            gone[left_out[i].nonzero()[:, 0] if left_out[i].dtype == torch.bool else left_out[i]] = True
+            size = size.masked_fill(gone.view(size.shape[:2]).unsqueeze(-1), 0)
         n, k = size.shape[-2:]
         total = 0.0
         for gram in (size @ size.mT, size.mT @ size):
