@@ -316,6 +316,10 @@ def check_fisher(layers: Layers, fisher: Sequence[Tensor]) -> list[Tensor]:
                 f"fisher[{i}] is the tensor of fisher[{first[id(tensor)]}]; every weight needs its "
                 "own accumulator"
             )
-        same = held is tensor and tensor.stride()[1:] == weight.stride()[1:] and has_dense_filters(tensor)
+        same = (
+            held is tensor
+            and tensor.stride()[1:] == weight.stride()[1:]
+            and has_dense_filters(tensor)
+        )
         ordered.append(tensor if same else torch.empty_like(weight, dtype=wide).copy_(tensor))
     return ordered

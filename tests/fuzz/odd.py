@@ -112,7 +112,9 @@ def lay(t: Tensor, layout: str) -> Tensor:
     if layout == "expanded" and t.dim() and n:
         return t[:1].clone().expand(shape)
     if layout == "overlapping" and t.dim() and n:
-        return t.reshape(-1)[: sum(shape)].clone().resize_(sum(shape)).as_strided(shape, [1] * t.dim())
+        return (
+            t.reshape(-1)[: sum(shape)].clone().resize_(sum(shape)).as_strided(shape, [1] * t.dim())
+        )
     if layout == "negative":
         return torch._neg_view(-t)
     if layout == "zero tensor":

@@ -40,7 +40,8 @@ def call(
         names = {*inspect.signature(function).parameters, "layer", "criterion", "penalty"}
         singular = {name.removesuffix("s") for name in names}
         words = set(re.findall(r"[a-z_]+", str(error).lower()))
-        assert words & (names | singular), f"names no argument of {names}: {error!r}"
+        if not words & (names | singular):
+            raise AssertionError(f"names no argument of {names}: {error!r}") from error
         return Refused(error)
 
 
@@ -66,7 +67,9 @@ def _bits(t: Tensor) -> Any:
 def assert_unchanged(before: list[Any]) -> None:
     for i, (tensor, bits, grad, grad_bits) in enumerate(before):
         assert _same(bits, _bits(tensor)), f"tensor {i} was changed"
-        assert (tensor.grad if tensor.is_leaf else None) is grad, f"the gradient of tensor {i} was replaced"
+        assert (tensor.grad if tensor.is_leaf else None) is grad, (
+            f"the gradient of tensor {i} was replaced"
+        )
         if grad is not None:
             assert _same(grad_bits, _bits(grad)), f"the gradient of tensor {i} was changed"
 

@@ -13,7 +13,7 @@ import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.penalties import PENALTIES
 
-from .odd import FLOATS, Layers, fill, fuzz, junk, layers, plain, tensors
+from .odd import Layers, fuzz, junk, layers, plain
 from .outcome import Refused, assert_near, assert_unchanged, call, snapshot
 
 SIDES = ("rows", "cols", "small")
@@ -122,7 +122,9 @@ def expected_of(drawn: Layers, given_options: dict[str, Any]) -> tuple[Tensor, T
         left_out = wide.get("pruned") if given_options["penalty"] != "tpp" else None
         if left_out is not None and left_out[i] is not None:
             gone = torch.zeros(size.shape[:2].numel(), dtype=torch.bool)
-            gone[left_out[i].nonzero()[:, 0] if left_out[i].dtype == torch.bool else left_out[i]] = True
+            gone[
+                left_out[i].nonzero()[:, 0] if left_out[i].dtype == torch.bool else left_out[i]
+            ] = True
             size = size.masked_fill(gone.view(size.shape[:2]).unsqueeze(-1), 0)
         n, k = size.shape[-2:]
         total = 0.0
@@ -206,4 +208,20 @@ def test_add_gram_penalty_grad(
         return
     expected, sizes, grads = expected_of(drawn, given_options)
     assert_values(drawn, values, expected, sizes, given_options["penalty"])
-    del grads, leaves
+    tensors = [t for t in (*drawn.weights, *(drawn.biases or [])) if t is not None]
+    written = {id(leaf) for leaf in leaves}
+    usual = given_options["penalty"] in SQUARES and bool((sizes < 1e12).all())
+    if not usual or len({id(t) for t in tensors}) < len(tensors):
+        return
+    factor = float(strength)
+    for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
+        if id(tensor) not in written or not tensor.numel() or grad is None:
+            continue
+        size = sizes.abs().max() * (1 + plain(tensor).abs().max()) * abs(factor) + 1
+        rounding = torch.finfo(tensor.dtype).eps * (1 + factor * grad.abs())
+        target = factor * grad + with_grads
+        got = plain(tensor.grad) if tensor.grad is not None else torch.zeros_like(target)
+        if tensor.is_neg() or type(tensor) not in (Tensor, torch.nn.Parameter):
+            continue
+        near = (got - target).abs() <= 1e-4 * size + 4 * rounding.abs()
+        assert bool(near.all()), f"gradient of tensor {i}: {got}, expected {target}"

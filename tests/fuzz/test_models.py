@@ -54,12 +54,16 @@ def nets(draw: st.DrawFn) -> nn.Module:
     if kind == 3:
         net.to("meta")
     if kind == 4:
-        return draw(st.sampled_from((nn.Sequential(), nn.ReLU(), nn.LazyConv2d(4, 3), nn.Linear(3, 0))))
+        return draw(
+            st.sampled_from((nn.Sequential(), nn.ReLU(), nn.LazyConv2d(4, 3), nn.Linear(3, 0)))
+        )
     return net
 
 
 ODD = st.one_of(
-    st.sampled_from((-1, 0, 1, 3, 0.5, 1.5, float("nan"), float("inf"), None, "x", True, [], {}, ())),
+    st.sampled_from(
+        (-1, 0, 1, 3, 0.5, 1.5, float("nan"), float("inf"), None, "x", True, [], {}, ())
+    ),
     junk((2, 3)),
 )
 
@@ -130,8 +134,16 @@ def test_regularizer(net: nn.Module, options: dict[str, Any], attached: bool) ->
     else:
         term = made()
         assert term.shape == ()
-        grads = list(torch.autograd.grad(term, trained, allow_unused=True)) if term.requires_grad else []
-    finite = all(bool(p.isfinite().all()) and float(p.abs().max()) < 1e4 for p in net.parameters() if p.numel())
+        grads = (
+            list(torch.autograd.grad(term, trained, allow_unused=True))
+            if term.requires_grad
+            else []
+        )
+    finite = all(
+        bool(p.isfinite().all()) and float(p.abs().max()) < 1e4
+        for p in net.parameters()
+        if p.numel()
+    )
     if finite and options.get("strength", 1e-2) != 1e30:
         assert all(g is None or bool(g.isfinite().all()) for g in grads)
     assert len(made.report()) > 0
