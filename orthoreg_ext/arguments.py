@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from .errors import wrong_length
 from .reference import WEIGHT_ONLY, compute_dtype
@@ -94,7 +94,8 @@ def check_tensor(argument: str, tensor: object, minimum_dim: int) -> Tensor:
     """Returns a tensor that the operators can read, or raises naming the argument."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument} must be a Tensor, got {type(tensor).__name__}")
-    if isinstance(tensor, UninitializedTensorMixin):
+    traced = torch.compiler.is_compiling()  # it knows neither of these
+    if not traced and is_lazy(tensor):
         raise ValueError(f"{argument} is not initialised; run the model once before")
     if tensor.dtype not in DTYPES:
         raise TypeError(
@@ -103,7 +104,7 @@ def check_tensor(argument: str, tensor: object, minimum_dim: int) -> Tensor:
         )
     if type(tensor).__name__ == "DTensor":
         raise TypeError(f"{argument} is a DTensor; pass its local or full tensor instead")
-    if tensor.is_nested:
+    if not traced and tensor.is_nested:
         raise TypeError(f"{argument} is a nested tensor; pass those that it holds one by one")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{argument} has layout {tensor.layout}; call .to_dense() first")
@@ -112,7 +113,7 @@ def check_tensor(argument: str, tensor: object, minimum_dim: int) -> Tensor:
             f"{argument} has shape {tuple(tensor.shape)}, expected [filters, ...] with at least "
             f"{minimum_dim} dimensions; use .unsqueeze(0) for a single filter"
         )
-    if not torch.compiler.is_compiling():
+    if not traced:
         if tensor._is_zerotensor():  # it has no memory
             return tensor.clone()
         if tensor.is_neg():  # its memory holds the negated values

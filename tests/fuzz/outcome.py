@@ -55,7 +55,7 @@ def snapshot(tensors: Iterable[Tensor]) -> list[Any]:
 
 
 def _bits(t: Tensor) -> Any:
-    if isinstance(t, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(t):
         return None
     if t.layout is not torch.strided or t.device.type == "meta" or t.is_nested or not t.numel():
         return None

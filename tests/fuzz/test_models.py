@@ -89,8 +89,8 @@ def state(model: nn.Module) -> dict[str, Any]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    lazy = torch.nn.parameter.UninitializedTensorMixin
-    return {name: t for name, t in model.state_dict().items() if not isinstance(t, lazy)}
+    is_lazy = torch.nn.parameter.is_lazy
+    return {name: t for name, t in model.state_dict().items() if not is_lazy(t)}
 
 
 def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
