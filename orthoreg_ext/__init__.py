@@ -1,6 +1,6 @@
 """Fast orthonormality regularisation and filter pruning for PyTorch."""
 
-from . import functional, pruning, schedules
+from . import functional, integrations, pruning, schedules
 from .backend import backend
 from .build_info import VERSION, build_info
 from .diagnosis import diagnose
@@ -16,6 +16,7 @@ __all__ = [
     "build_info",
     "diagnose",
     "functional",
+    "integrations",
     "precision",
     "pruning",
     "schedules",

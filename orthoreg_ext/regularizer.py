@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .arguments import is_count, is_factor
-from .attachment import Attachment, PreparedTerms, parameters_of
+from .attachment import Attachment, PreparedTerms, check_hooks, parameters_of
 from .diagnostics import LayerReport, Report, mean_correlation
 from .errors import choose
 from .options import check_num_groups, check_taken
@@ -133,6 +133,7 @@ class OrthoRegularizer:
         self.every = every
         self.schedule = schedule
         self.step = 0  # calls of this object; attached optimizers count their own steps
+        self._called = 0  # the step of the last call
         self._selection = Selection(
             *(self.side, layer_weights, include, exclude, bias, max_dim, row, num_groups)
         )
@@ -144,7 +145,7 @@ class OrthoRegularizer:
         )
         self._loaded_steps: list[int] = []
         self._selection.check(model)
-        self._plan = plan = self._selection.plan(model)
+        self._plan = plan = self._planned()
         self._state: ModelState | None = ModelState(model)
         if not plan.terms:
             reasons = "; ".join(f"{s.name!r}: {s.reason}" for s in plan.skipped)
@@ -157,25 +158,36 @@ class OrthoRegularizer:
                 warnings.warn(f"layer {layer.name!r} is skipped: {layer.reason}", stacklevel=2)
 
     def __call__(self) -> Tensor:
-        """Returns the term, a differentiable scalar in the weights' computing precision."""
+        """Returns the term, a differentiable scalar in the weights' computing precision.
+
+        Each call counts a step. Not so under ``no_grad`` or ``inference_mode``, where it is the
+        term of the next step, and in a recomputation of torch.utils.checkpoint, where it is that
+        of the last call.
+        """
         plan = self._current()
         if torch.compiler.is_compiling() and self.every == 1 and self.schedule is None:
             factor = self.strength  # a step number would be a constant of the graph
         else:
-            factor = self._factor(self.step)
-            self.step += 1
+            step = self._called if _is_recomputed() else self.step
+            factor = self._factor(step)
+            self._called = step
+            if torch.is_grad_enabled():
+                self.step = step + 1
         if factor == 0 or not plan.terms:
             device = plan.terms[0].coefficients.device if plan.terms else None
             return torch.zeros((), device=device)
         total: Tensor | None = None
         for term in plan.terms:
-            values = functional.gram_penalty(penalty=self.penalty, side=self.side, **term.tensors())
+            tensors = term.tensors()
+            if not torch.is_grad_enabled() and "vectors" in tensors:  # no step: they stay
+                tensors["vectors"] = [vector.clone() for vector in tensors["vectors"]]
+            values = functional.gram_penalty(penalty=self.penalty, side=self.side, **tensors)
             part = (values * term.coefficients.to(values.dtype)).sum() * factor
             total = part if total is None else total + part.to(total.device)
         assert total is not None
         return total
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
+    def attach(self, optimizer: torch.optim.Optimizer, *, hook: bool = True) -> Attachment:
         """Adds the term's gradient before each step of the optimizer, after its closure if any.
 
         Only parameters of the optimizer are touched, so models with several optimizers attach to
@@ -190,12 +202,22 @@ class OrthoRegularizer:
         and where the factor shall change. Steps outside of the graph, and whatever becomes of this
         object, do not disturb it.
 
+        Without a hook the step stays as it is and the caller says when, by ``add()`` of what is
+        returned: between backward (unscaled, under a GradScaler) and the step. So the term can be
+        inside gradient clipping, which the hook comes after.
+
+        Args:
+            optimizer: the optimizer of some of the layers.
+            hook: whether the optimizer's own step adds the term.
+
         Returns:
             An object whose ``remove()`` detaches.
 
         Raises:
-            ValueError: already attached to this optimizer, it holds none of the layers, or it
-                calls its closure several times a step (LBFGS): use ``loss + reg()`` there.
+            ValueError: already attached to this optimizer, it holds none of the layers, its step
+                runs no hooks (timm's Lookahead, Accelerate's wrapper: attach to the optimizer
+                inside), or it calls its closure several times a step (LBFGS): use ``loss + reg()``
+                there.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -207,15 +229,21 @@ class OrthoRegularizer:
             )
         if optimizer in self._attached and self._attached[optimizer].active:
             raise ValueError("this regulariser is attached to this optimizer already")
-        owned = parameters_of(optimizer)
-        if not any(term.owned(owned) for term in self._current().terms):
+        if hook:
+            check_hooks(optimizer)
+        if not self.concerns(optimizer):
             raise ValueError(
                 "the optimizer holds none of the regularised layers: pass it model.parameters(), "
                 "and attach again after parameters were replaced"
             )
         step = self._loaded_steps.pop(0) if self._loaded_steps else 0
-        self._attached[optimizer] = Attachment(optimizer, self._add_gradient, step)
+        self._attached[optimizer] = Attachment(optimizer, self._add_gradient, step, hook)
         return self._attached[optimizer]
+
+    def concerns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer holds any parameter of the layers that are regularised now."""
+        owned = parameters_of(optimizer)
+        return any(term.owned(owned) for term in self._current().terms)
 
     def _add_gradient(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         factor = self._factor(step)
@@ -351,14 +379,23 @@ class OrthoRegularizer:
         self._attached = weakref.WeakKeyDictionary()
         self._prepared = weakref.WeakKeyDictionary()
 
+    def _planned(self, vectors: Mapping[str, Tensor] | None = None) -> Plan:
+        with torch.inference_mode(False):  # later steps are to differentiate it
+            return self._selection.plan(self.model, vectors)
+
     def _current(self) -> Plan:
         """The plan for the parameters the model has now."""
         if torch.compiler.is_compiling():
             return self._plan  # a graph is of fixed layers anyway
         if self._state is None or not self._state.holds():
-            self._plan = self._selection.plan(self.model, self._plan.vectors())
+            self._plan = self._planned(self._plan.vectors())
             self._state = ModelState(self.model)
         return self._plan
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward pass is running: then a checkpointed function is called once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _steps(saved: list[Any]) -> list[int]:

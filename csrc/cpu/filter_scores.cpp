@@ -7,6 +7,7 @@
 // nothing depends on the number of threads.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -20,8 +21,9 @@ namespace orthoreg::cpu {
 namespace {
 
 constexpr int64_t kUnitEntries = 1 << 17;
-constexpr int64_t kRowsTogether = 32;  // a multiple of the rows that kernels take together
-constexpr int64_t kMostRows = 256;     // of a unit, so that its scratch memory stays in the cache
+constexpr int64_t kMostRows = 256;  // of a unit, so that its scratch memory stays in the cache
+// With columns a unit has a multiple of what kernels take together.
+constexpr int64_t kRowsTogether = 32;
 
 struct Sums {
   double of[kStatistics];
@@ -151,7 +153,7 @@ struct Units {
     for (const ScoreLayer& layer : task.layers) {
       work += static_cast<double>(layer.rows()) * layer.k;
       if (!scores_columns(task.dim) || inputs_are_filters(layer)) {
-        add_blocks(layer, 0, layer.rows(), rows_of(layer, 1), false);
+        add_blocks(layer, 0, layer.rows(), rows_of(layer), false);
       } else {
         add_groups(layer);
         columns = std::max(columns, (layer.k + kScoreLanes - 1) / kScoreLanes * kScoreLanes);
@@ -161,11 +163,15 @@ struct Units {
   }
 
  private:
-  // As many rows as make a unit worth its overhead; with columns so many that the sums of the
-  // block's input channels are a small part of what it reads.
-  static int64_t rows_of(const ScoreLayer& layer, int64_t least) {
-    const int64_t rows = kUnitEntries / std::max<int64_t>(layer.k, 1) / kRowsTogether;
-    return std::min(std::max(rows * kRowsTogether, least), kMostRows);
+  // As many rows as make a unit worth its overhead, which are read on and on.
+  static int64_t rows_of(const ScoreLayer& layer) {
+    return std::clamp<int64_t>(kUnitEntries / std::max<int64_t>(layer.k, 1), 1, kMostRows);
+  }
+
+  // With columns so many that the sums of the block's input channels are a small part of it.
+  static int64_t rows_with_columns(const ScoreLayer& layer) {
+    const int64_t least = layer.taps > 1 ? 64 : 128;
+    return std::max(rows_of(layer) / kRowsTogether * kRowsTogether, least);
   }
 
   void add_blocks(const ScoreLayer& layer, int64_t first, int64_t count, int64_t most,
@@ -185,7 +191,7 @@ struct Units {
   }
 
   void add_groups(const ScoreLayer& layer) {
-    const int64_t most = rows_of(layer, layer.taps > 1 ? 64 : 128);
+    const int64_t most = rows_with_columns(layer);
     if (layer.n > most) {
       for (int64_t group = 0; group < layer.groups; ++group) {
         add_blocks(layer, group * layer.n, layer.n, most, true);
