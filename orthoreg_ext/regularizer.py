@@ -125,7 +125,7 @@ class OrthoRegularizer:
             raise TypeError(f"schedule is {schedule!r}, expected a function of the step number")
         if isinstance(schedule, BansalSteps):
             schedule.check_strength(strength)
-        if bias not in (True, False, "conv"):
+        if not isinstance(bias, (bool, str)) or bias not in (True, False, "conv"):
             raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
         if isinstance(layer_weights, str):
             choose("layer_weights", layer_weights, LAYER_WEIGHTS)
