@@ -10,7 +10,6 @@ its own, so that a run which was interrupted ends with the same numbers as one t
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from .settings import Settings, why_no_gpu
 from .state import STATE_NAME, load_state, restore_training, save_state, training_tensors, under
 from .steps import Step, extended, no_cut, plan
 from .train import DivergedError, accuracy, deterministic, train_epoch
-from .weights import load_weights
+from .weights import load_weights, weights_checksum
 
 CALIBRATION = 10_000  # training images that score the filters, as in OrthoReg's released code
 MOMENTUM = 0.9
@@ -377,5 +376,5 @@ def described(dataset: Dataset, weights: str | None = None) -> dict[str, Any]:
         "mean": dataset.train.mean.flatten().tolist(),
         "std": dataset.train.std.flatten().tolist(),
         "checksum": dataset.checksum,
-        **({"weights_checksum": zlib.crc32(Path(weights).read_bytes())} if weights else {}),
+        **({"weights_checksum": weights_checksum(Path(weights))} if weights else {}),
     }
