@@ -1,6 +1,6 @@
 """Fast orthonormality regularisation and filter pruning for PyTorch."""
 
-from . import distributed, functional, pruning, schedules
+from . import distributed, functional, integrations, pruning, schedules
 from .backend import backend
 from .build_info import VERSION, build_info
 from .diagnosis import diagnose
@@ -17,6 +17,7 @@ __all__ = [
     "diagnose",
     "distributed",
     "functional",
+    "integrations",
     "precision",
     "pruning",
     "schedules",

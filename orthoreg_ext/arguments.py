@@ -68,15 +68,12 @@ def is_factor(value: object) -> TypeGuard[float]:
 def has_dense_filters(weight: Tensor) -> bool:
     """Whether every filter is one gapless block of memory, so that kernels read it in place."""
     expected = 1
-    dims = sorted(
-        (stride, size) for stride, size in zip(weight.stride()[1:], weight.shape[1:], strict=True)
-    )
-    for stride, size in dims:
-        if size == 1:
-            continue
-        if stride != expected:
+    dims = [d for d in zip(weight.stride()[1:], weight.shape[1:], strict=True) if d[1] != 1]
+    while dims:  # no sort: the compiler has none for the symbols of dynamic shapes
+        inner = next((i for i, (stride, _) in enumerate(dims) if stride == expected), None)
+        if inner is None:
             return False
-        expected *= size
+        expected *= dims.pop(inner)[1]
     return weight.shape[0] <= 1 or weight.stride(0) >= expected
 
 

@@ -30,6 +30,7 @@ class Attachment:
         optimizer: the optimizer whose gradients are added to before each step.
         add: adds the term of a step number to the gradients of the optimizer's parameters.
         step: the number of the first step.
+        hook: whether the optimizer's step adds the term; else :meth:`add` does.
     """
 
     def __init__(
@@ -37,16 +38,37 @@ class Attachment:
         optimizer: torch.optim.Optimizer,
         add: Callable[[torch.optim.Optimizer, int], None],
         step: int,
+        hook: bool = True,
     ) -> None:
         self.step = step
         self.active = True
         self._add_term = add
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._optimizer = weakref.ref(optimizer)
+        self._handle = optimizer.register_step_pre_hook(self._before_step) if hook else None
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether :meth:`add` adds the term, not the optimizer's step."""
+        return self._handle is None
+
+    def add(self) -> None:
+        """Adds the term's gradient now, which counts as a step; for attach(hook=False) only.
+
+        Raises:
+            RuntimeError: the optimizer's step adds it already, or this was removed.
+        """
+        optimizer = self._optimizer()
+        if self._handle is not None:
+            raise RuntimeError("the optimizer adds the term itself: attach it with hook=False")
+        if optimizer is None or not self.active:
+            raise RuntimeError("the optimizer is gone or was detached: attach it again")
+        self._add(optimizer)
 
     def remove(self) -> None:
         """Detaches; the optimizer's steps no longer carry the term."""
         self.active = False
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -66,8 +88,28 @@ class Attachment:
         return (args[0], with_term, *args[2:]), kwargs
 
     def _add(self, optimizer: torch.optim.Optimizer) -> None:
-        self._add_term(optimizer, self.step)
+        # whatever mode the step is in: weights may be views or functions of parameters
+        with torch.inference_mode(False), torch.enable_grad():
+            self._add_term(optimizer, self.step)
         self.step += 1
+
+
+def check_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Some wrappers of optimizers are optimizers whose step runs no hooks of theirs.
+
+    Raises:
+        ValueError: this is one of them, so that the term would be lost silently.
+    """
+    if getattr(type(optimizer).step, "hooked", False) and hasattr(
+        optimizer, "_optimizer_step_pre_hooks"
+    ):
+        return
+    inside = [name for name, of in vars(optimizer).items() if isinstance(of, torch.optim.Optimizer)]
+    remedy = f"the one inside, optimizer.{inside[0]}" if inside else "one that does"
+    raise ValueError(
+        f"the step of {type(optimizer).__name__} runs no hooks, so the term would be lost: attach "
+        f"to {remedy}"
+    )
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from . import build_info
-from .errors import choose
+from .errors import choose, is_transformed
 
 ENVIRONMENT = "ORTHOREG_EXT_BACKEND"
 
@@ -84,10 +84,14 @@ def selected() -> str | None:
 def namespace_for(device: torch.device) -> str | None:
     """The namespace of the operators for tensors on `device`; None: the reference.
 
+    What torch.func transforms or torch.jit traces runs in plain PyTorch, which these know.
+
     Raises:
         RuntimeError: a forced backend does not run on that device.
     """
     name = selected()
+    if is_transformed() or torch._C._get_tracing_state() is not None:
+        return None
     if name is None:
         namespace: str | None = _automatic(device.type, device.index)
         return namespace

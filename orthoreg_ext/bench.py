@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,44 +71,28 @@ def formula_term(terms: Sequence[Term], penalty: str) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """Makes the model of a name (see `experiment.models`), with the defaults of its factory.
-
-    Raises:
-        ValueError: the name is unknown, the factory needs arguments or returns no module.
-    """
-    from .experiment.models import model_factory
-
-    factory = model_factory(name)
-    try:
-        inspect.signature(factory).bind()
-    except TypeError as error:
-        raise ValueError(
-            f"model {name!r} cannot be built ({error}); its factory is called without arguments: "
-            "name one that needs none"
-        ) from error
-    except ValueError:  # a builtin without a signature
-        pass
-    torch.manual_seed(seed)
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model {name!r} returned {type(model).__name__}; expected a torch.nn.Module: name a "
-            "function that returns one"
-        )
-    return model
-
-
 def bench(
-    name: str, *, penalty: str = "orthoreg", device: str = "cpu", seconds: float = 20.0
+    name: str,
+    *,
+    penalty: str = "orthoreg",
+    device: str = "cpu",
+    seconds: float = 20.0,
+    num_classes: int | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
 ) -> dict[str, Any]:
     """Times the regulariser and five scores on a model's layers, beside plain PyTorch.
 
     Args:
-        name: the model, ``"vgg"``, ``"resnet"`` or ``"pkg.module:factory"``.
+        name: the model, as for :func:`orthoreg_ext.analyze.analyze`.
         penalty: a name of :data:`orthoreg_ext.penalties.PENALTIES`.
         device: ``"cpu"`` or ``"cuda"``.
         seconds: for all timing.
+        num_classes: length of the output; the factory's own by default.
+        input_shape: [channels, height, width] of the input; the factory's own by default.
+        image_size: the same for a square.
+        channels: the same for its channels.
 
     Raises:
         ValueError: the model cannot be built or has no layer to regularise, or an argument is
@@ -122,11 +105,13 @@ def bench(
         )
     if not 0 < seconds < float("inf"):
         raise ValueError(f"--seconds is {seconds}; expected a positive number")
+    from .experiment.named import Request, load
     from .experiment.settings import why_no_gpu
 
     if device == "cuda" and (reason := why_no_gpu()):
         raise ValueError(f"--device cuda cannot be used ({reason}); use --device cpu")
-    model = build(name).to(device)
+    given = (num_classes, input_shape, image_size, channels)
+    model = load(Request(name, None, None, *given)).model.to(device)
     try:
         regularizer = OrthoRegularizer(model, penalty)
     except ValueError as error:

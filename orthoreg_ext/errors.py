@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+import torch
+
 
 def unknown_name(kind: str, got: object, valid: Iterable[str]) -> ValueError:
     """Returns the error for a name that is not in a table, with the nearest valid one.
@@ -33,3 +35,22 @@ def wrong_length(argument: str, got: int, expected: int, what: str) -> ValueErro
     return ValueError(
         f"{argument} has {got} entries, expected {expected}: one for each of the {what}"
     )
+
+
+def is_transformed() -> bool:
+    """Whether a function is being transformed by torch.func (grad, vmap, jvp, ...) right now."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
+
+
+def refuse_transforms(what: str, remedy: str) -> None:
+    """Raises for what changes tensors in place, which a transformation of torch.func cannot follow.
+
+    Raises:
+        RuntimeError: a function is being transformed.
+    """
+    if is_transformed():
+        raise RuntimeError(
+            f"{what} in place, which no transformation of torch.func (grad, vmap, jvp, jacrev, "
+            f"...) can follow: {remedy}"
+        )

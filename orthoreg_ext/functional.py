@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from . import ops, reference, whole_matrix
 from .arguments import Layers, by_precision, check_coefficients, check_layers, scale_of
 from .backend import namespace_for
-from .errors import choose
+from .errors import choose, refuse_transforms
 from .in_place import add_in_place, written_in_place
 from .members import group_members as group_members  # part of this module's interface
 from .options import Options, Stride, check_options, check_taken, split_groups
@@ -29,7 +29,7 @@ from .precision import selected as selected_precision
 from .scores import accumulate_fisher_ as accumulate_fisher_
 from .scores import filter_scores as filter_scores
 from .scores import group_scores as group_scores
-from .sides import SIDES, Sides, check_pruned, check_targets, choose_sides, count_pruned
+from .sides import SIDES, Sides, check_pruned, check_targets, choose_sides, count_pruned, is_tall
 
 
 def gram(
@@ -58,7 +58,7 @@ def gram(
     layers = check_layers(weights, biases, groups)
     count = len(layers.weights)
     columns = [
-        side == "cols" or (side == "small" and layers.filters(i) > layers.fan_in(i))
+        side == "cols" or (side == "small" and is_tall(layers.filters(i), layers.fan_in(i)))
         for i in range(count)
     ]
     grams: list[Tensor] = [torch.empty(0)] * count
@@ -221,6 +221,7 @@ def gram_penalty(
     return values if factors is None else values * factors.to(values.dtype)
 
 
+@torch.inference_mode(False)  # backward passes are to add to the gradients
 def add_gram_penalty_grad_(
     weights: Sequence[Tensor],  # each [n, ...]
     penalty: str = "orthoreg",
@@ -262,9 +263,14 @@ def add_gram_penalty_grad_(
         The values of :func:`gram_penalty` with these arguments, without a graph.
 
     Raises:
+        RuntimeError: inside a transformation of torch.func.
         TypeError: as in :func:`gram_penalty`.
         ValueError: as in :func:`gram_penalty`.
     """
+    refuse_transforms(
+        "add_gram_penalty_grad_ changes .grad",
+        "transform a function that returns gram_penalty(...) instead",
+    )
     row, side = get_penalty(penalty), choose("side", side, SIDES)
     if not isinstance(strength, (Real, Tensor)):
         raise TypeError(f"strength must be a number or a tensor, got {type(strength).__name__}")
@@ -304,7 +310,7 @@ def add_gram_penalty_grad_(
                 vectors=None if vectors is None else [vectors[i] for i in rest],
             )
             if values.requires_grad:
-                (values * pick(scale, rest).to(values.dtype)).sum().backward()
+                values.backward(pick(scale, rest).to(values.dtype))
         parts.append(rest)
         results.append(values.detach())
     for precision_part in by_precision(layers):

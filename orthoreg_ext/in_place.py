@@ -69,7 +69,7 @@ def add_in_place(
     grads = []
     for tensor in (*layers.weights, *layers.biases):
         if tensor.numel() and tensor.grad is None:
-            tensor.grad = torch.zeros_like(tensor)
+            tensor.grad = zero_grad(tensor)
         grads.append(tensor.grad if tensor.numel() else tensor)
     count = len(layers.weights)
     with torch.no_grad():
@@ -90,6 +90,12 @@ def add_in_place(
     if not torch.compiler.is_compiling():  # the compiler sees it in the schema
         torch.autograd.graph.increment_version([g for g in grads if g is not None and g.numel()])
     return values
+
+
+def zero_grad(tensor: Tensor) -> Tensor:
+    """Zeros for tensor.grad, to which backward passes can add even if inference mode is on now."""
+    with torch.inference_mode(False):
+        return torch.zeros_like(tensor)
 
 
 def times(scale: Tensor, factor: float) -> Tensor:
@@ -143,7 +149,7 @@ class PreparedPenalty:
         if any(map(is_, grads, repeat(None))):
             for parameter in self._parameters:
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = zero_grad(parameter)
             grads = [parameter.grad for parameter in self._parameters]
         with torch.no_grad():
             return bool(self._operator(self._number, grads, times(scale, self._factor)).numel())

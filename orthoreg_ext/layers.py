@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
 from .distributed import whole
 
@@ -58,7 +59,8 @@ class FilterLayer:
     @property
     def trainable(self) -> bool:
         """Whether the weight, or the tensors it is computed from, require a gradient."""
-        return any(p.requires_grad for p in self.weight_parameters())
+        # what torch.func differentiates need not say that it requires a gradient
+        return any(p.requires_grad or _is_wrapped(p) for p in self.weight_parameters())
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """The parameters behind the weight: itself, or those of its parametrization."""
@@ -129,7 +131,8 @@ def inspect_layers(model: nn.Module) -> tuple[list[FilterLayer], list[SkippedLay
     found: list[FilterLayer] = []
     skipped: list[SkippedLayer] = []
     seen: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for full_name, module in model.named_modules():
+        name = _without_wrappers(full_name)
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
             raise ValueError(f"layer {name!r} is lazy: run one forward pass before this")
         kind = layer_kind(module)
@@ -155,6 +158,11 @@ def inspect_layers(model: nn.Module) -> tuple[list[FilterLayer], list[SkippedLay
         groups = 1 if isinstance(module, nn.Linear) else int(module.groups)
         found.append(FilterLayer(name, module, kind, groups))
     return found, skipped
+
+
+def _without_wrappers(name: str) -> str:
+    """The name that the module has without torch.compile, which puts a module around it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _parameter_key(module: nn.Module) -> int | None:

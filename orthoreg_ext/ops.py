@@ -183,10 +183,8 @@ def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weight_grads, bias_grads = [], []
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         matrices = reference.filter_matrices(weight, bias, groups[i])
-        turned = pieces[i].view(sizes[i])
-        turned = turned + turned.mT
-        with torch.autocast(matrices.device.type, enabled=False):
-            along = matrices @ turned if columns[i] else turned @ matrices
+        piece = pieces[i].view(sizes[i])
+        along = reference.turn(piece + piece.mT, matrices, columns[i])
         weight_grad, bias_grad = _like_layer(along, weight, bias)
         weight_grads.append(weight_grad)
         bias_grads.append(bias_grad)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from .arguments import Layers, is_count
-from .errors import wrong_length
+from .errors import refuse_transforms, wrong_length
 from .penalties import PENALTIES, Row
 from .reference import compute_dtype
 from .sides import Sides
@@ -129,6 +129,10 @@ def _check_strides(strides: Sequence[Stride], count: int) -> list[tuple[int, int
 
 
 def _check_vectors(vectors: Sequence[Tensor], layers: Layers, sides: Sides) -> list[Tensor]:
+    refuse_transforms(
+        "srip with vectors improves them",
+        "call gram_penalty without vectors=, which finds the true value",
+    )
     if isinstance(vectors, Tensor) or not isinstance(vectors, Sequence):
         raise TypeError("vectors must be a sequence with one entry for each of the weights")
     if len(vectors) != len(layers.weights):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,10 +58,52 @@ def filter_matrices(
     return matrices
 
 
+class _Product(torch.autograd.Function):
+    """Switches autocast off in both passes: the one of a backward pass would round its products."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(left: Tensor, right: Tensor) -> Tensor:
+        with torch.autocast(left.device.type, enabled=False):
+            return left @ right
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        return product(grad, right.mT), product(left.mT, grad)
+
+
+class _DualProduct(_Product):
+    """The same with derivatives in forward mode, which the compiler refuses to trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, left_along: Tensor, right_along: Tensor) -> Tensor:
+        left, right = ctx.saved_tensors
+        return product(left_along, right) + product(left, right_along)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:  # [g, a, b], [g, b, c] -> [g, a, c]
+    """The matrix product, computed and differentiated in the precision of its factors."""
+    kind = _Product if torch.compiler.is_compiling() else _DualProduct
+    result: Tensor = kind.apply(left, right)  # type: ignore[no-untyped-call]
+    return result
+
+
 def gram(matrices: Tensor, columns: bool) -> Tensor:  # [g, n, k] -> [g, n, n] or [g, k, k]
     """G = W W^T, or W^T W on the columns."""
-    with torch.autocast(matrices.device.type, enabled=False):
-        return matrices.mT @ matrices if columns else matrices @ matrices.mT
+    turned = matrices.mT
+    return product(turned, matrices) if columns else product(matrices, turned)
+
+
+def turn(symmetric: Tensor, matrices: Tensor, columns: bool) -> Tensor:  # [g, m, m], [g, n, k]
+    """S W, or W S on the columns."""
+    return product(matrices, symmetric) if columns else product(symmetric, matrices)
 
 
 @dataclass(frozen=True)
@@ -209,8 +251,7 @@ def gram_penalty_grad(
 ) -> Tensor:  # [g, n, k]
     """dP/dW = 2 c S W (rows) or 2 c W S (columns), where P is no root."""
     slope = slopes(matrices, columns, penalty, rows)
-    with torch.autocast(matrices.device.type, enabled=False):
-        return 2 * coefficient * (matrices @ slope if columns else slope @ matrices)
+    return 2 * coefficient * turn(slope, matrices, columns)
 
 
 def gram_penalty_grad_grad(
@@ -244,14 +285,11 @@ def gram_penalty_grad_grad(
         return coefficient * along, inner
     rest = residual(gram(matrices, columns), penalty, rows)
     slope = penalty.slope(rest)
-    with torch.autocast(matrices.device.type, enabled=False):
-        cross = matrices.mT @ direction if columns else direction @ matrices.mT
-        bend = only_counted(penalty.curvature(rest), penalty, rows) * (cross + cross.mT)  # 2 Q
-        if columns:
-            moved, turned, unit = direction @ slope, matrices @ bend, matrices @ slope
-        else:
-            moved, turned, unit = slope @ direction, bend @ matrices, slope @ matrices
-    return 2 * coefficient * (moved + turned), 2 * (direction * unit).sum()
+    cross = product(matrices.mT, direction) if columns else product(direction, matrices.mT)
+    bend = only_counted(penalty.curvature(rest), penalty, rows) * (cross + cross.mT)  # 2 Q
+    moved, bent = turn(slope, direction, columns), turn(bend, matrices, columns)
+    unit = turn(slope, matrices, columns)
+    return 2 * coefficient * (moved + bent), 2 * (direction * unit).sum()
 
 
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .arguments import is_count, is_factor
-from .attachment import Attachment, PreparedTerms, parameters_of, refuse_gathered
-from .diagnostics import LayerReport, Report, mean_correlation
+from .arguments import is_factor
+from .attachment import (
+    Attachment,
+    PreparedTerms,
+    check_hooks,
+    parameters_of,
+    refuse_gathered,
+)
+from .diagnostics import LayerReport, Report, layer_reports
 from .distributed import Group, check_group, check_sharing, unwrapped
 from .errors import choose
-from .options import check_num_groups, check_taken
-from .penalties import get_penalty
 from .plan import (
-    LAYER_WEIGHTS,
     LayerWeights,
     ModelState,
     Plan,
@@ -28,7 +31,8 @@ from .plan import (
     Selector,
     Term,
 )
-from .schedules import BansalSteps, Stateful
+from .schedules import Stateful
+from .settings import check_numbers, check_penalty
 from .sharing import Shares, shared_total, weighted_sum
 from .sides import SIDES
 
@@ -107,40 +111,8 @@ class OrthoRegularizer:
         shard: bool = False,
         process_group: Group | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not is_factor(strength):
-            raise ValueError(f"strength is {strength!r}, expected a finite number of at least 0")
-        if not is_count(every):
-            raise ValueError(f"every is {every!r}, expected a positive number of steps")
-        if not is_count(max_dim):
-            raise ValueError(f"max_dim is {max_dim!r}, expected a positive number of rows")
-        if schedule is not None and not callable(schedule):
-            raise TypeError(f"schedule is {schedule!r}, expected a function of the step number")
-        if isinstance(schedule, BansalSteps):
-            schedule.check_strength(strength)
-        if bias not in (True, False, "conv"):
-            raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
-        if isinstance(layer_weights, str):
-            choose("layer_weights", layer_weights, LAYER_WEIGHTS)
-        elif not isinstance(layer_weights, Mapping):
-            raise TypeError(
-                f"layer_weights is {layer_weights!r}, expected {', '.join(LAYER_WEIGHTS)} or a "
-                "dict from layer name to factor"
-            )
-        row = get_penalty(penalty)
-        if row.counts is not None:
-            raise ValueError(
-                f"penalty {penalty!r} is about the filters to prune, which a regulariser of "
-                "a whole model does not know: use functional.add_gram_penalty_grad_ with pruned="
-            )
-        if row.convolutional and bias is True:
-            raise ValueError(f"bias is True, but a bias has no part in penalty {penalty!r}")
-        if row.of_filters and side == "cols":
-            raise ValueError(f"penalty {penalty!r} compares filters: side cannot be 'cols'")
-        check_taken(row, num_groups=num_groups)
-        if "num_groups" in row.takes:
-            num_groups = check_num_groups(num_groups)
+        check_numbers(model, strength, every, max_dim, schedule)
+        row, num_groups = check_penalty(penalty, side, layer_weights, bias, num_groups)
         check_sharing(shard, process_group)
         self.model = model = unwrapped(model)
         self.penalty = penalty
@@ -151,6 +123,7 @@ class OrthoRegularizer:
         self.shard, self._group = bool(shard), process_group
         self._shares: Shares | None = None  # of the layers, as they were dealt
         self.step = 0  # calls of this object; attached optimizers count their own steps
+        self._called = 0  # the step of the last call
         self._selection = Selection(
             *(self.side, layer_weights, include, exclude, bias, max_dim, row, num_groups)
         )
@@ -162,7 +135,7 @@ class OrthoRegularizer:
         )
         self._loaded_steps: list[int] = []
         self._selection.check(model)
-        self._plan = plan = self._selection.plan(model)
+        self._plan = plan = self._planned()
         self._state: ModelState | None = ModelState(model)
         if not plan.terms:
             reasons = "; ".join(f"{s.name!r}: {s.reason}" for s in plan.skipped)
@@ -175,13 +148,21 @@ class OrthoRegularizer:
                 warnings.warn(f"layer {layer.name!r} is skipped: {layer.reason}", stacklevel=2)
 
     def __call__(self) -> Tensor:
-        """Returns the term, a differentiable scalar in the weights' computing precision."""
+        """Returns the term, a differentiable scalar in the weights' computing precision.
+
+        Each call counts a step. Not so under ``no_grad`` or ``inference_mode``, where it is the
+        term of the next step, and in a recomputation of torch.utils.checkpoint, where it is that
+        of the last call.
+        """
         plan = self._current()
         if torch.compiler.is_compiling() and self.every == 1 and self.schedule is None:
             factor = self.strength  # a step number would be a constant of the graph
         else:
-            factor = self._factor(self.step)
-            self.step += 1
+            step = self._called if _is_recomputed() else self.step
+            factor = self._factor(step)
+            self._called = step
+            if torch.is_grad_enabled():
+                self.step = step + 1
         if factor == 0 or not plan.terms:
             device = plan.terms[0].coefficients.device if plan.terms else None
             return torch.zeros((), device=device)
@@ -191,9 +172,12 @@ class OrthoRegularizer:
         return weighted_sum(plan.terms, [self._values(term) for term in plan.terms], factor)
 
     def _values(self, term: Term) -> Tensor:  # [L]
-        return functional.gram_penalty(penalty=self.penalty, side=self.side, **term.tensors())
+        tensors = term.tensors()
+        if not torch.is_grad_enabled() and "vectors" in tensors:  # no step: they stay
+            tensors["vectors"] = [vector.clone() for vector in tensors["vectors"]]
+        return functional.gram_penalty(penalty=self.penalty, side=self.side, **tensors)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
+    def attach(self, optimizer: torch.optim.Optimizer, *, hook: bool = True) -> Attachment:
         """Adds the term's gradient before each step of the optimizer, after its closure if any.
 
         Only parameters of the optimizer are touched, so models with several optimizers attach to
@@ -208,12 +192,22 @@ class OrthoRegularizer:
         and where the factor shall change. Steps outside of the graph, and whatever becomes of this
         object, do not disturb it.
 
+        Without a hook the step stays as it is and the caller says when, by ``add()`` of what is
+        returned: between backward (unscaled, under a GradScaler) and the step. So the term can be
+        inside gradient clipping, which the hook comes after.
+
+        Args:
+            optimizer: the optimizer of some of the layers.
+            hook: whether the optimizer's own step adds the term.
+
         Returns:
             An object whose ``remove()`` detaches.
 
         Raises:
-            ValueError: already attached to this optimizer, it holds none of the layers, or it
-                calls its closure several times a step (LBFGS): use ``loss + reg()`` there.
+            ValueError: already attached to this optimizer, it holds none of the layers, its step
+                runs no hooks (timm's Lookahead, Accelerate's wrapper: attach to the optimizer
+                inside), or it calls its closure several times a step (LBFGS): use ``loss + reg()``
+                there.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -225,15 +219,21 @@ class OrthoRegularizer:
             )
         if optimizer in self._attached and self._attached[optimizer].active:
             raise ValueError("this regulariser is attached to this optimizer already")
-        owned = parameters_of(optimizer)
-        if not any(term.owned(owned) for term in self._current().terms):
+        if hook:
+            check_hooks(optimizer)
+        if not self.concerns(optimizer):
             raise ValueError(
                 "the optimizer holds none of the regularised layers: pass it model.parameters(), "
                 "and attach again after parameters were replaced"
             )
         step = self._loaded_steps.pop(0) if self._loaded_steps else 0
-        self._attached[optimizer] = Attachment(optimizer, self._add_gradient, step)
+        self._attached[optimizer] = Attachment(optimizer, self._add_gradient, step, hook)
         return self._attached[optimizer]
+
+    def concerns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer holds any parameter of the layers that are regularised now."""
+        owned = parameters_of(optimizer)
+        return any(term.owned(owned) for term in self._current().terms)
 
     def _add_gradient(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         factor = self._factor(step)
@@ -261,31 +261,20 @@ class OrthoRegularizer:
     def _shared(self, plan: Plan) -> Shares:
         if self._shares is None or self._shares.plan is not plan:
             settings = [f"{self.penalty!r}, side={self.side!r}, every={self.every}"]
-            self._shares = Shares(plan, check_group(self._group), settings)
+            with torch.inference_mode(False):  # later steps are to differentiate it
+                self._shares = Shares(plan, check_group(self._group), settings)
         return self._shares
 
     def report(self) -> Report:
         """Measures every layer: its penalty, its factor in the term, its filters' correlation."""
-        plan, rows = self._current(), []
+        plan = self._current()
+        rows: list[LayerReport] = []
         with torch.no_grad():
             for term in plan.terms:
                 tensors = term.tensors()
                 tensors.pop("vectors", None)  # without them it is the true value
                 values = functional.gram_penalty(penalty=self.penalty, side=self.side, **tensors)
-                for i, layer in enumerate(term.layers):
-                    rows.append(
-                        LayerReport(
-                            name=layer.name,
-                            kind=layer.kind,
-                            filters=layer.filters,
-                            groups=layer.groups,
-                            fan_in=layer.fan_in + int(term.with_bias[i]),
-                            side="cols" if term.columns[i] else "rows",
-                            weight=term.factors[i],
-                            penalty=float(values[i]),
-                            correlation=mean_correlation(layer),
-                        )
-                    )
+                rows += layer_reports(term, values)
         return Report(rows, plan.skipped)
 
     def state_dict(self) -> dict[str, Any]:
@@ -382,14 +371,23 @@ class OrthoRegularizer:
         self._attached = weakref.WeakKeyDictionary()
         self._prepared = weakref.WeakKeyDictionary()
 
+    def _planned(self, vectors: Mapping[str, Tensor] | None = None) -> Plan:
+        with torch.inference_mode(False):  # later steps are to differentiate it
+            return self._selection.plan(self.model, vectors)
+
     def _current(self) -> Plan:
         """The plan for the parameters the model has now."""
         if torch.compiler.is_compiling():
             return self._plan  # a graph is of fixed layers anyway
         if self._state is None or not self._state.holds():
-            self._plan = self._selection.plan(self.model, self._plan.vectors())
+            self._plan = self._planned(self._plan.vectors())
             self._state = ModelState(self.model)
         return self._plan
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward pass is running: then a checkpointed function is called once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _steps(saved: list[Any]) -> list[int]:

@@ -33,7 +33,6 @@ def report_html(
     from .experiment.record import table, verdicts
 
     settings = run.settings
-    percent = f"{100 * settings.ratio:g} %"
     style = files(__package__).joinpath("experiment/report.css").read_text()
     marks = "".join(
         f'<li class="{"yes" if v.holds else "no"}"><b>{"yes" if v.holds else "no"}</b> '
@@ -72,7 +71,7 @@ def report_html(
 </head>
 <body>
 <main>
-<h1>{escape(settings.model)} on {escape(settings.data)}, {percent} of the filters removed</h1>
+<h1>{escape(settings.model)} on {escape(settings.data)}, {settings.removed()} removed</h1>
 <p>One network was trained with the <code>{escape(settings.penalty)}</code> penalty and cut by
 <code>{escape(settings.criterion)}</code>; its twin, with the same parameters at the start and the
 same batches, was trained without it and cut by <code>l1</code>. Both were fine-tuned alike,

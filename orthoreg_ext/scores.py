@@ -19,7 +19,7 @@ from .arguments import (
     keep_taps_together,
 )
 from .backend import namespace_for
-from .errors import choose
+from .errors import choose, refuse_transforms
 from .members import GroupMembers, Member, group_members
 
 Scores = dict[str, list[Tensor]]
@@ -163,9 +163,11 @@ def accumulate_fisher_(
         As :func:`filter_scores`.
 
     Raises:
+        RuntimeError: inside a transformation of torch.func.
         TypeError: as in :func:`filter_scores`, or an accumulator of another precision.
         ValueError: as in :func:`filter_scores`. Nothing is accumulated in a call that is refused.
     """
+    refuse_transforms("accumulate_fisher_ adds to fisher", "call it outside")
     names = _score_names(criteria, (*reference.SCORES, reference.FISHER_DIAG))
     axes = _score_axes(dim)
     layers = check_layers(weights, None, groups, minimum_dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from operator import index
 
 import torch
 from torch import Tensor
@@ -34,6 +35,13 @@ class Sides:
         )
 
 
+def is_tall(n: int, k: int) -> bool:
+    """Whether the columns of a matrix [n, k] have the smaller Gram matrix."""
+    if n > k:  # noqa: SIM103 - where shapes are dynamic the comparison itself stays a symbol
+        return True
+    return False
+
+
 def choose_sides(
     layers: Layers,
     penalty: Row,
@@ -49,21 +57,21 @@ def choose_sides(
     columns, offsets, dropped = [], [], []
     for i, group in enumerate(layers.groups):
         n, k = layers.filters(i), layers.fan_in(i)
-        small = n > k
         of_filters = penalty.of_filters or bool(targets and targets[i].numel())
         # the host does not count the filters that are left out, whose number is below the root
         agree = penalty.sides_agree and not (penalty.root and masks and masks[i].numel())
         if of_filters and side == "cols":
             what = f"penalty {penalty.name!r}" if penalty.of_filters else "targets"
             raise ValueError(f"{what} and side='cols' exclude each other: filters are compared")
-        wanted = not of_filters and (small if side == "small" else side == "cols")
+        wanted = not of_filters and (is_tall(n, k) if side == "small" else side == "cols")
         asked = 0.5 if penalty.both_sides else float(wanted)  # the share of the columns
-        column = small if agree and not of_filters else wanted
+        column = is_tall(n, k) if agree and not of_filters else wanted
         columns.append(column)
         # value(rows) - value(cols) = n - k in each group, where the sides agree; of pruned filters
         # none counts in n
-        offsets.append(group * (asked - column) * (k - n))
-        dropped.append(asked - column)
+        change = asked - column  # with one, a graph of dynamic shapes is for these numbers only
+        offsets.append(group * change * index(k - n) if change else 0.0)
+        dropped.append(change)
     return Sides(columns, offsets, dropped)
 
 

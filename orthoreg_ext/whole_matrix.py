@@ -52,7 +52,7 @@ class Filters:
         inner, outer = (self.matrices, self.matrices.mT)
         if not self.columns:
             inner, outer = outer, inner
-        moved = (outer @ (inner @ x.unsqueeze(-1))).squeeze(-1)
+        moved = reference.product(outer, reference.product(inner, x.unsqueeze(-1))).squeeze(-1)
         return moved - (x if self.target is None else self.target * x)
 
 
@@ -191,7 +191,7 @@ def self_convolution_norm(filters: Filters) -> Tensor:
         left, right = max(x, 0), max(-x, 0)
         ahead = kernels[..., y:, left : left + width].flatten(2)
         behind = kernels[..., :height, right : right + width].flatten(2)
-        total = total + 2 * (ahead @ behind.mT).double().square().sum()
+        total = total + 2 * reference.product(ahead, behind.mT).double().square().sum()
     return reference.root(total).to(filters.matrices.dtype)
 
 

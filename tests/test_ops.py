@@ -186,12 +186,6 @@ def test_forward_mode_derivatives_are_right(target: Target, name: str) -> None:
         torch.testing.assert_close(tangent, (grad * along).sum())
 
 
-def test_vmap_is_refused(target: Target) -> None:
-    weight = torch.randn(2, 3, 4, device=target.device)
-    with pytest.raises(RuntimeError):
-        torch.func.vmap(lambda w: F.gram_penalty([w]))(weight)
-
-
 def resnet_like(device: torch.device) -> list[torch.Tensor]:
     """The weights of 54 layers, small."""
     shapes = [(8, 3, 3, 3)] + [(8, 8, 3, 3), (8, 8, 1, 1)] * 26 + [(10, 8)]

@@ -102,7 +102,9 @@ class _Raw:
     test_labels: Tensor | None = None
 
 
-def load_dataset(source: str, image_size: int | None = None) -> Dataset:
+def load_dataset(
+    source: str, image_size: int | None = None, channels: int | None = None
+) -> Dataset:
     """Loads ``digits``, an image folder or an ``.npz`` file.
 
     A folder is ``DIR/class/*.png`` (or jpg, ...), or ``DIR/train/class/`` and ``DIR/test/class/``.
@@ -114,10 +116,15 @@ def load_dataset(source: str, image_size: int | None = None) -> Dataset:
     Args:
         source: ``"digits"``, a folder or an ``.npz`` file.
         image_size: Side in pixels to which the images are resized.
+        channels: 3 repeats grey images, for networks that read colour; 1 makes colour grey.
 
     Raises:
         ValueError: The source is unknown, empty, unreadable, or has fewer than two classes.
     """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"--image-size is {image_size}; expected a number of at least 1")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"--channels is {channels}; expected 1 (grey) or 3 (colour)")
     path = Path(source)
     if source in LOADERS:
         raw = LOADERS[source]()
@@ -130,10 +137,10 @@ def load_dataset(source: str, image_size: int | None = None) -> Dataset:
     else:
         error = unknown_name("data", source, [*LOADERS, "DIR", "file.npz"])
         raise ValueError(f"{error}; there is no such folder or file either")
-    return _dataset(source, raw, image_size)
+    return _dataset(source, raw, image_size, channels)
 
 
-def _dataset(source: str, raw: _Raw, image_size: int | None) -> Dataset:
+def _dataset(source: str, raw: _Raw, image_size: int | None, channels: int | None) -> Dataset:
     """Checks, splits, resizes and describes what a loader found."""
     present = raw.labels.unique()
     if len(present) < 2:
@@ -148,6 +155,8 @@ def _dataset(source: str, raw: _Raw, image_size: int | None) -> Dataset:
     _check_parts(source, images, test_images, image_size)
     if image_size is not None:
         images, test_images = _resized(images, image_size), _resized(test_images, image_size)
+    if channels is not None:
+        images, test_images = _coloured(images, channels), _coloured(test_images, channels)
 
     mean, std = _pixel_statistics(images)
     checksum = 0
@@ -217,6 +226,16 @@ def _resized(images: Tensor, size: int) -> Tensor:
         .clamp(0, 255)
         .byte()
     )
+
+
+def _coloured(images: Tensor, channels: int) -> Tensor:
+    """Brings uint8 [n, c, h, w] to [n, channels, h, w]; grey is what ITU-R BT.601 says."""
+    if images.shape[1] == channels:
+        return images
+    if channels > 1:
+        return images[:, :1].repeat(1, channels, 1, 1)
+    shares = torch.tensor([0.299, 0.587, 0.114])[: images.shape[1], None, None]
+    return (images[:, :3].float() * shares / shares.sum()).sum(1, keepdim=True).round().byte()
 
 
 def _load_digits() -> _Raw:

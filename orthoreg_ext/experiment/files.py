@@ -10,7 +10,10 @@ from pathlib import Path
 _CHECKPOINT = r"weights\.safetensors|history\.json"  # its files, in a folder until they are whole
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+RESUME = "make room or mend the folder, then continue with --resume"
+
+
+def write_atomic(path: Path, content: bytes, remedy: str = RESUME) -> None:
     """Writes a file so that a crash at any moment leaves the old content or the new one.
 
     Raises:
@@ -28,7 +31,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise OSError(
             error.errno,
             f"cannot write {str(path)!r} ({error.strerror}); what was stored before is intact: "
-            "make room or mend the folder, then continue with --resume",
+            f"{remedy}",
         ) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -9,9 +9,10 @@ its own, so that a run which was interrupted ends with the same numbers as one t
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
+import math
 import platform
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from torch.nn import functional as nnf
 
 from .. import pruning
 from ..build_info import build_info
+from ..pruning.selection import RemovesNothingError
 from ..regularizer import OrthoRegularizer
 from . import measure
 from .checks import check_backend, check_export, check_packages, refusing
@@ -35,36 +37,13 @@ from .progress import Show, cut_line, epoch_line
 from .record import Arm, Cut, Epoch, Run, Size
 from .settings import Settings, why_no_gpu
 from .state import STATE_NAME, load_state, restore_training, save_state, training_tensors, under
+from .steps import Step, extended, no_cut, plan
 from .train import DivergedError, accuracy, deterministic, train_epoch
+from .weights import load_weights
 
 CALIBRATION = 10_000  # training images that score the filters, as in OrthoReg's released code
 MOMENTUM = 0.9
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a network's way: an epoch, or a cut (``epochs`` 0)."""
-
-    stage: str  # "train", "cut" or "tune"
-    cut: int  # rounds that were cut before it
-    epoch: int = 0  # from 0
-    epochs: int = 0  # of its stage
-    gone: float = 0.0  # share of the prunable filters that is gone after a cut
-
-
-def plan(settings: Settings) -> list[Step]:
-    """Returns the steps of one network; the fine-tuning epochs are shared among the rounds."""
-    rounds = settings.rounds
-    steps = [Step("train", 0, epoch, settings.epochs) for epoch in range(settings.epochs)]
-    ratios = pruning.split_ratio(settings.ratio, rounds)
-    left = 1.0
-    for cut in range(rounds):
-        left *= 1 - ratios[cut]
-        steps.append(Step("cut", cut, gone=1 - left))
-        epochs = (cut + 1) * settings.finetune_epochs // rounds
-        epochs -= cut * settings.finetune_epochs // rounds
-        steps += [Step("tune", cut + 1, epoch, epochs) for epoch in range(epochs)]
-    return steps
+NOTHING = 1e-6  # a share to remove that is none
 
 
 class Screen(Protocol):
@@ -109,6 +88,8 @@ class Job:
             image_shape=self.dataset.image_shape,
             seed=seed,
         )
+        if self.settings.weights is not None:
+            load_weights(model, Path(self.settings.weights))
         return model.to(self.settings.device)
 
     def pruned(self, arm: Arm) -> nn.Module:
@@ -132,7 +113,8 @@ class Job:
         network = self.fresh(self.settings.seed)
         with refusing(f"--model {self.settings.model!r} cannot be pruned"):
             self._cut(network, self.settings.criterion, first.gone, samples=2)
-            self._cut(self.fresh(self.settings.seed), "l1", first.gone, samples=2)
+            if self.settings.target != "latency":  # which takes a while to measure
+                self._cut(self.fresh(self.settings.seed), "l1", first.gone, samples=2)
         with refusing(f"--model {self.settings.model!r} cannot be exported"):
             check_export(network, self.train.batch(slice(0, 2))[0])
 
@@ -151,7 +133,22 @@ class Job:
             loss=nnf.cross_entropy,
             scope="global",
             max_layer_ratio=self.settings.max_layer_ratio,
+            target=self.settings.target,
+            round_to=self.settings.round_to,
         )
+
+    def _share(self, step: Step, cuts: list[Cut]) -> float:
+        """What a step's cut removes of what is left, so that in total ``step.gone`` goes.
+
+        What rounding spared before goes now, and what went too early is not asked for again.
+        """
+        if not cuts:
+            return step.gone
+        if self.settings.target == "filters":
+            left = cuts[-1].prunable[1] / cuts[0].prunable[0]
+        else:
+            left = math.prod(1 - cut.saved for cut in cuts)
+        return 1 - (1 - step.gone) / left
 
     def execute(self, show: Show) -> None:
         """Does what is left of every arm, storing everything after each step."""
@@ -183,16 +180,23 @@ class Job:
             if step.cut == 0:
                 self._keep(arm, model, "before")
             before = accuracy(model, self.test)
-            # of what is left, so that what rounding spared before goes now
-            grown = arm.cuts[0].prunable[0] / arm.cuts[-1].prunable[1] if arm.cuts else 1.0
-            ratio = 1 - (1 - step.gone) * grown
-            result = self._cut(model, arm.criterion, ratio)
-            prunable = [row for row in result.layers if not row.reason]
+            ratio = self._share(step, arm.cuts)
+            try:
+                result = self._cut(model, arm.criterion, ratio) if ratio > NOTHING else None
+            except RemovesNothingError:
+                if not arm.cuts:
+                    raise
+                result = None
             training.optimizer = self.optimizer(model)
+            if result is None:  # the cuts before went further than asked, as --round-to has it
+                arm.cuts.append(no_cut(arm.cuts[-1], before))
+                return cut_line(arm, arm.cuts[-1])
+            prunable = [row for row in result.layers if not row.reason]
             arm.checkpoint = extended(arm.checkpoint, result.document(), step.cut + 1)
             arm.cuts.append(
                 Cut(
                     ratio=ratio,
+                    saved=result.saved[settings.target],
                     accuracy_before=before,
                     accuracy_after=accuracy(model, self.test),
                     before=Size.of(result.before),
@@ -316,13 +320,15 @@ def run(
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        dataset = load_dataset(settings.data, settings.image_size)
+        dataset = load_dataset(settings.data, settings.image_size, settings.channels)
         job = Job(record or new_run(settings, dataset), dataset, out, tensors)
         if record is None:
             job.check_network()
-        elif record.data != described(dataset):
+        elif record.data != described(dataset, settings.weights):
+            what = f"--data {settings.data!r}"
+            what += f" or --weights {settings.weights!r}" if settings.weights else ""
             raise ValueError(
-                f"--data {settings.data!r} changed since the run began: it cannot be continued; "
+                f"{what} changed since the run began: it cannot be continued; "
                 "start again with another --out"
             )
         create_folder(out)
@@ -354,11 +360,11 @@ def new_run(settings: Settings, dataset: Dataset) -> Run:
         for seed in settings.seeds_used()
         for regularised in (True, False)
     ]
-    return Run(settings, versions, described(dataset), arms)
+    return Run(settings, versions, described(dataset, settings.weights), arms)
 
 
-def described(dataset: Dataset) -> dict[str, Any]:
-    """Returns what the record says about the data."""
+def described(dataset: Dataset, weights: str | None = None) -> dict[str, Any]:
+    """Returns what the record says about the data, and the file that the networks start from."""
     return {
         "source": dataset.source,
         "classes": list(dataset.classes),
@@ -368,26 +374,5 @@ def described(dataset: Dataset) -> dict[str, Any]:
         "mean": dataset.train.mean.flatten().tolist(),
         "std": dataset.train.std.flatten().tolist(),
         "checksum": dataset.checksum,
+        **({"weights_checksum": zlib.crc32(Path(weights).read_bytes())} if weights else {}),
     }
-
-
-def extended(checkpoint: Mapping[str, Any], cut: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Joins the checkpoint of all cuts before with the one of cut ``number``, made after them.
-
-    A checkpoint counts the filters of the unpruned network, so the later cut's are translated.
-    """
-    if not checkpoint:
-        return copy.deepcopy(dict(cut))
-    joined = copy.deepcopy(dict(checkpoint))
-    gone: dict[str, set[int]] = {}
-    for entry in joined["history"]:
-        gone.setdefault(entry["layer"], set()).update(entry["removed"])
-    for entry in cut["history"]:
-        lost = gone.get(entry["layer"], set())
-        width = entry["filters"] + len(entry["removed"]) + len(lost)
-        left = [index for index in range(width) if index not in lost]
-        removed = [left[index] for index in entry["removed"]]
-        joined["history"].append({**entry, "round": number, "removed": removed})
-    joined["sizes"]["after"] = cut["sizes"]["after"]
-    joined["widths"] = cut["widths"]
-    return joined

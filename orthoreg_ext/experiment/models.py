@@ -1,4 +1,4 @@
-"""The job's own small networks, and networks named ``pkg.module:factory``."""
+"""The package's own small networks, and networks by name: of a package, of one's own module."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import unknown_name
+from .zoo import package_factory
 
 
 def vgg(
@@ -96,19 +98,27 @@ def resnet(
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"vgg": vgg, "resnet": resnet}
+PACKAGES = ("torchvision", "timm")
+FORMS = ("torchvision:NAME", "timm:NAME", "pkg.module:factory")
 
 
 def model_factory(name: str) -> Callable[..., nn.Module]:
-    """Returns the function that builds ``name``: one of ``MODELS`` or ``pkg.module:factory``.
+    """Returns the function that builds ``name``.
+
+    Args:
+        name: one of ``MODELS``, ``torchvision:NAME``, ``timm:NAME`` or ``pkg.module:factory``.
 
     Raises:
         ValueError: The name is unknown, or the module or the function in it is not there.
+        ImportError: torchvision or timm is missing.
     """
     if name in MODELS:
         return MODELS[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise unknown_name("model", name, [*MODELS, "pkg.module:factory"])
+        raise unknown_name("model", name, [*MODELS, *FORMS])
+    if module_name in PACKAGES:
+        return package_factory(module_name, attribute)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -128,51 +138,90 @@ def model_factory(name: str) -> Callable[..., nn.Module]:
 def build_model(
     name: str,
     *,
-    num_classes: int,
-    image_shape: Sequence[int],  # [channels, height, width]
+    num_classes: int | None = None,
+    image_shape: Sequence[int] | None = None,  # [channels, height, width]
     seed: int,
 ) -> nn.Module:
     """Builds ``name`` with the parameters of ``seed``, on the CPU; checks that it fits the data.
 
-    ``num_classes`` and ``in_channels`` are given to the factory where its signature takes them.
+    What is known of ``num_classes``, ``in_channels`` and ``image_size`` (one number for a square)
+    is given to the factory where its signature takes it; the last where it names it.
 
     Raises:
         ValueError: The name is unknown, the factory fails or returns no module, the network does
             not read the images, or its output is not ``[batch, num_classes]``.
+        ImportError: torchvision or timm is missing.
     """
     factory = model_factory(name)
-    offered = {"num_classes": num_classes, "in_channels": image_shape[0]}
-    signature = inspect.signature(factory)
-    parameters = signature.parameters
+    offered: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    signature = _signature(factory)
+    parameters = signature.parameters if signature else {}
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if image_shape is not None:
+        channels, height, width = image_shape
+        offered["in_channels"] = channels
+        if "image_size" in parameters:  # of late: functions of any keyword need not know it
+            offered["image_size"] = height if height == width else (height, width)
     taken = {k: v for k, v in offered.items() if takes_all or k in parameters}
     torch.manual_seed(seed)
     try:
-        signature.bind(**taken)
+        if signature:
+            signature.bind(**taken)
         model = factory(**taken)
     except TypeError as error:
         raise ValueError(
-            f"model {name!r} cannot be built ({error}); its factory is called with num_classes and "
-            "in_channels where it takes them, and with nothing else"
+            f"model {name!r} cannot be built ({error}); its factory is called with "
+            + (" and ".join(k for k in offered) or "no argument")
+            + (" where it takes them, and with nothing else" if offered else ": name one so")
         ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"model {name!r} returned {type(model).__name__}; expected a torch.nn.Module"
+            f"model {name!r} returned {type(model).__name__}; expected a torch.nn.Module: name a "
+            "function that returns one"
         )
-    shape = " x ".join(map(str, image_shape))
+    if image_shape is not None:
+        check_forward(name, model, image_shape, num_classes)
+    return model
+
+
+def _signature(factory: Callable[..., object]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(factory)
+    except ValueError:  # a builtin without one
+        return None
+
+
+def check_forward(
+    name: str,
+    model: nn.Module,
+    image_shape: Sequence[int],  # [channels, height, width]
+    num_classes: int | None = None,
+) -> None:
+    """Checks that the network reads images and answers ``[batch, num_classes]``; leaves it in eval.
+
+    Raises:
+        ValueError: It does not.
+    """
     try:
         with torch.no_grad():
             output = model.eval()(torch.zeros(1, *image_shape))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        reason = str(error).partition("\n")[0]
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        shape = " x ".join(map(str, image_shape))
         raise ValueError(
-            f"model {name!r} cannot read images of {shape} ({reason}); "
-            "pass a larger --image-size or another --model"
+            f"model {name!r} cannot read images of {shape} ({reason}); pass "
+            + ("--channels 3, " if "3 channels" in reason else "")
+            + "a larger --image-size or another model"
         ) from error
-    if not isinstance(output, Tensor) or output.shape != (1, num_classes):
-        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    wrong = num_classes is not None and output_shape(output) != [1, num_classes]
+    if not isinstance(output, Tensor) or output.dim() < 2 or wrong:
         raise ValueError(
-            f"model {name!r} returned {got} for one image; expected [1, {num_classes}], one value "
-            "a class: let the factory take num_classes"
+            f"model {name!r} returned {output_shape(output) or type(output).__name__} for one "
+            f"image; expected [1, {num_classes or 'classes'}], one value a class: let the factory "
+            "take num_classes"
         )
-    return model
+
+
+def output_shape(output: object) -> list[int]:
+    """The shape of a network's output; nothing where it is no tensor."""
+    return list(output.shape) if isinstance(output, Tensor) else []

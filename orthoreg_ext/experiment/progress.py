@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from .extras import require
-from .record import Arm, Cut, Epoch, Run, table, verdicts
+from .record import Arm, Cut, Epoch, Run, short, table, verdicts
 
 Show = Callable[[str, bool], None]
 """Called after every step with its line, and whether the line should stay on the screen."""
@@ -64,7 +64,8 @@ def cut_line(arm: Arm, cut: Cut) -> str:
     """Returns a cut as one line."""
     return (
         f"seed {arm.seed}  {arm.name:<11}  cut by {arm.criterion}: "
-        f"{cut.before.filters} -> {cut.after.filters} filters  "
+        f"{cut.before.filters} -> {cut.after.filters} filters, "
+        f"{short(cut.before.macs)} -> {short(cut.after.macs)} MACs  "
         f"accuracy {cut.accuracy_before:.2f} -> {cut.accuracy_after:.2f} %"
     )
 

@@ -49,6 +49,7 @@ class Cut:
     after: Size
     prunable: tuple[int, int]  # filters that may go at all, before and after
     layers: list[tuple[str, int, int]]  # name, filters before, after
+    saved: float = 0.0  # share of the target that went with this cut
 
 
 @dataclass
@@ -173,7 +174,7 @@ def verdicts(run: Run) -> list[Verdict]:
     found.append(
         Verdict(
             holds,
-            f"with {100 * run.settings.ratio:g} % of the filters removed, fine-tuned accuracy "
+            f"with {run.settings.removed()} removed, fine-tuned accuracy "
             f"{own:.2f} % {'is at least' if holds else 'is NOT at least'} its twin's {twin:.2f} % "
             f"on {seeds} (MACs left: {macs[0]} against {macs[1]})",
         )

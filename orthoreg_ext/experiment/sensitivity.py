@@ -10,10 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from .. import pruning
-from ..analyze import load_weights
 from ..pruning import Sensitivity
-from .data import Samples, load_dataset
-from .models import build_model
+from .data import Samples
+from .named import Request, load
 from .settings import why_no_gpu
 from .train import accuracy
 
@@ -23,6 +22,8 @@ def table(
     source: str,
     *,
     image_size: int | None = None,
+    channels: int | None = None,
+    num_classes: int | None = None,
     weights: Path | None = None,
     criterion: str = "fisher",
     metric: str = "accuracy",
@@ -37,6 +38,8 @@ def table(
         name: the model, as for ``orthoreg prune``.
         source: the data.
         image_size: side in pixels to which images are resized.
+        channels: 1 or 3, to which images are brought.
+        num_classes: length of the output; that of the data by default.
         weights: a state dict (``.safetensors``, or written by ``torch.save``), or a folder that a
             PruneResult was saved in; None: what the factory returns.
         criterion: ranks the units within a group.
@@ -59,13 +62,9 @@ def table(
         raise ValueError(f"--device cuda cannot be used ({reason}); use --device cpu")
     if device == "auto":
         device = "cpu" if why_no_gpu() else "cuda"
-    data = load_dataset(source, image_size)
-    model = build_model(name, num_classes=len(data.classes), image_shape=data.image_shape, seed=0)
-    example = torch.zeros(1, *data.image_shape)
-    if weights is not None and weights.is_dir():
-        pruning.replay(model, example, weights)
-    elif weights is not None:
-        load_weights(model, weights)
+    subject = load(Request(name, source, weights, num_classes, None, image_size, channels))
+    model, data, example = subject.model, subject.dataset, subject.example()
+    assert data is not None
     where = torch.device(device)
     model, train, test = model.to(where), data.train.to(where), data.test.to(where)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples]

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import choose
 from ..pruning import CRITERIA
+from ..pruning.targets import TARGETS
 
 DEVICES = ("auto", "cpu", "cuda")
 STRENGTHS = {
@@ -45,9 +46,14 @@ class Settings:
     network's multiply-accumulates. Tables show both.
 
     Attributes:
-        model: ``vgg``, ``resnet`` or ``pkg.module:factory``.
+        model: ``vgg``, ``resnet``, ``torchvision:NAME``, ``timm:NAME`` or ``pkg.module:factory``.
         data: ``digits``, a folder of classes or an ``.npz`` file.
-        ratio: Share of the filters to remove, in (0, 1).
+        weights: State dict from which every network starts; None: parameters of its seed.
+        ratio: Share of the target to remove, in (0, 1).
+        target: What the ratio is a share of: ``filters``, or of one image ``macs``, ``params``,
+            ``memory`` or ``latency``, of which at least the ratio goes. A latency is measured at
+            each cut, once, and stored with it.
+        round_to: What is left of every coupled group of layers is a multiple of it.
         rounds: Cuts in which they go; the fine-tuning epochs are shared among them.
         criterion: Score of the regularised network's filters; the twin's is ``l1``.
         penalty: The regulariser's penalty.
@@ -61,6 +67,7 @@ class Settings:
         finetune_lr: Learning rate after a cut.
         max_layer_ratio: No cut takes a larger share of the filters that a layer has left.
         image_size: Side to which images are resized; None keeps a source's own.
+        channels: 3 repeats grey images, 1 makes colour grey; None keeps a source's own.
         device: ``cpu`` or ``cuda``.
         threads: CPU threads. Networks as small as the demo's gain nothing from a second one and
             lose much where other processes keep the cores busy; larger ones gain.
@@ -68,7 +75,10 @@ class Settings:
 
     model: str = "vgg"
     data: str = "digits"
+    weights: str | None = None
     ratio: float = 0.75
+    target: str = "filters"
+    round_to: int = 1
     rounds: int = 1
     criterion: str = "fisher"
     penalty: str = "orthoreg"
@@ -82,6 +92,7 @@ class Settings:
     finetune_lr: float = 0.05
     max_layer_ratio: float = 0.9
     image_size: int | None = None
+    channels: int | None = None
     device: str = "auto"
     threads: int = 1
 
@@ -94,9 +105,10 @@ class Settings:
         choose("--criterion", self.criterion, CRITERIA)
         choose("--penalty", self.penalty, STRENGTHS)
         choose("--device", self.device, DEVICES)
+        choose("--target", self.target, TARGETS)
         for name in ("ratio", "max_layer_ratio"):
             _expect(name, getattr(self, name), 0 < getattr(self, name) < 1, "between 0 and 1")
-        for name in ("rounds", "seeds", "epochs", "finetune_epochs"):
+        for name in ("rounds", "seeds", "epochs", "finetune_epochs", "round_to"):
             _expect(name, getattr(self, name), getattr(self, name) >= 1, "of at least 1")
         tunable = f"no larger than --finetune-epochs ({self.finetune_epochs}): every cut is tuned"
         _expect("rounds", self.rounds, self.rounds <= self.finetune_epochs, tunable)
@@ -115,6 +127,11 @@ class Settings:
         elif device == "cuda" and reason:
             raise ValueError(f"--device cuda cannot be used ({reason}); use --device cpu")
         return replace(self, strength=strength, device=device)
+
+    def removed(self) -> str:
+        """Says what goes: ``75 % of the filters``."""
+        what = {"filters": "filters", "macs": "MACs", "params": "parameters"}
+        return f"{100 * self.ratio:g} % of the {what.get(self.target, self.target)}"
 
     def seeds_used(self) -> list[int]:
         """Returns the seeds of the run, in order."""

@@ -135,6 +135,10 @@ def first_blocks(blocks: Sequence[Block], units: int) -> list[Block]:
     return taken
 
 
+class RemovesNothingError(ValueError):
+    """A ratio is smaller than the smallest block that may go."""
+
+
 def check_reachable(scope: str, pools: Sequence[Pool], ratio: float, limits: Limits) -> None:
     """Refuses a ratio of filters that would empty a layer, break a limit or remove nothing.
 
@@ -163,7 +167,7 @@ def check_reachable(scope: str, pools: Sequence[Pool], ratio: float, limits: Lim
             "lower round_to"
         )
     if not any(block.share <= ratio + _FUZZ for block in order):
-        raise ValueError(
+        raise RemovesNothingError(
             f"ratio={ratio} removes nothing: of {total} prunable filters in {len(pools)} groups "
             f"none can go with {rules}; raise ratio or lower round_to"
         )

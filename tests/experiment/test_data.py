@@ -248,3 +248,20 @@ def test_test_images_of_another_size_are_resized_where_a_size_is_given(tmp_path:
     )
     data = load_dataset(source, 6)
     assert data.test.images.shape == (2, 1, 6, 6)
+
+
+def test_images_are_brought_to_grey_or_colour(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 2, 2, 3), dtype=np.uint8)
+    pixels[0] = (100, 200, 50)
+    np.savez(tmp_path / "c.npz", images=pixels, labels=np.array([0, 1, 0, 1]))
+    grey = load_dataset(str(tmp_path / "c.npz"), None, 1)
+    images = torch.cat([grey.train.images, grey.test.images])
+    assert sorted(images[:, 0, 0, 0].tolist()) == [0, 0, 0, 153]  # .299 .587 .114
+    np.savez(tmp_path / "g.npz", images=pixels[..., 1], labels=np.array([0, 1, 0, 1]))
+    colour = load_dataset(str(tmp_path / "g.npz"), 4, 3)
+    assert colour.image_shape == (3, 4, 4)
+    assert all(torch.equal(part[:, 0], part[:, 2]) for part in (colour.train.images,))
+    with pytest.raises(ValueError, match="--channels is 2; expected 1"):
+        load_dataset("digits", None, 2)
+    with pytest.raises(ValueError, match="--image-size is 0"):
+        load_dataset("digits", 0)

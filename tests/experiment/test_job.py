@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -388,3 +389,85 @@ def test_the_job_is_done_deterministically(
     monkeypatch.setattr("orthoreg_ext.experiment.job.Job.finish", lambda _: asked.append("finish"))
     run(tiny, tmp_path / "out")
     assert asked == ["cpu", "work", "finish", "end"]
+
+
+@pytest.mark.parametrize("target", ["macs", "params", "memory"])
+def test_a_target_is_reached_over_the_rounds(
+    target: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny |= {"seeds": 1, "epochs": 1, "finetune_epochs": 2, "target": target}
+    tiny["round_to"] = 1 if target == "macs" else 2
+    result = run(tiny, tmp_path / "out")
+    for arm in result.arms:
+        left = [1 - cut.saved for cut in arm.cuts]
+        assert 0.35 < left[0] * left[1] <= 0.5  # at least what was asked for
+        assert all(after % tiny["round_to"] == 0 for _, _, after in arm.cuts[-1].layers)
+        if target != "memory":
+            sizes = [getattr(arm.cuts[i], when) for i, when in ((0, "before"), (-1, "after"))]
+            first, last = (getattr(size, target) for size in sizes)
+            assert left[0] * left[1] == pytest.approx(last / first)
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert {"macs": "50 % of the MACs", "params": "50 % of the parameters"}.get(target, "%") in text
+
+
+def test_a_latency_is_measured_once_and_stored(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was interrupted after its cuts ends as if the clock had stopped there."""
+    tiny |= {"seeds": 1, "rounds": 1, "epochs": 1, "target": "latency", "ratio": 0.4}
+    noise = iter(range(10**6))
+
+    def ratio(before: Any, after: Any, inputs: Any) -> tuple[float, str]:
+        sizes = [sum(p.numel() for p in model.parameters()) for model in (before, after)]
+        return sizes[1] / sizes[0] * (1 + 0.02 * (next(noise) % 7)), "quiet"
+
+    monkeypatch.setattr("orthoreg_ext.pruning.latency.time_ratio", ratio)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, tmp_path / "own", screen=interrupting(6))  # the twin was cut
+    state, _ = load_state(tmp_path / "own" / STATE_NAME)
+    stored = [arm["cuts"] for arm in state["arms"]]
+    assert [len(cuts) for cuts in stored] == [1, 1]
+    assert all(cuts[0]["saved"] >= 0.4 for cuts in stored)
+
+    shutil.copytree(tmp_path / "own", tmp_path / "again")
+    monkeypatch.setattr("orthoreg_ext.pruning.latency.time_ratio", None)  # not called any more
+    for name in ("own", "again"):
+        run(tiny, tmp_path / name, resume=True)
+    assert numbers(tmp_path / "own") == numbers(tmp_path / "again")
+    cuts = [arm["cuts"] for arm in numbers(tmp_path / "own")["run"]["arms"]]
+    assert cuts == stored
+    weights = [tmp_path / name / "weights.safetensors" for name in ("own", "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_weights_are_where_every_network_starts(tiny: dict[str, Any], tmp_path: Path) -> None:
+    model = build_model(tiny["model"], num_classes=10, image_shape=(1, 8, 8), seed=5)
+    path = tmp_path / "start.safetensors"
+    safetensors.torch.save_file(model.state_dict(), path)
+    tiny |= {"seeds": 1, "rounds": 1, "epochs": 1, "lr": 1e-30, "weights": str(path)}
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, tmp_path / "out", screen=interrupting(0))
+    _, tensors = load_state(tmp_path / "out" / STATE_NAME)
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(tensors[f"model.{key}"], value, rtol=0, atol=1e-20, msg=key)
+    safetensors.torch.save_file({k: v + 1 for k, v in model.state_dict().items()}, path)
+    with pytest.raises(ValueError, match=r"or --weights .* changed since the run began"):
+        run({}, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("target", ["filters", "macs"])
+def test_a_round_after_one_that_went_too_far_cuts_nothing(
+    target: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny |= {"seeds": 1, "epochs": 1, "finetune_epochs": 3, "rounds": 3, "target": target}
+    tiny |= {"round_to": 4, "ratio": 0.3}
+    result = run(tiny, tmp_path / "out")
+    for arm in result.arms:
+        widths = [{name: after for name, _, after in cut.layers} for cut in arm.cuts]
+        assert len(widths) == 3
+        assert all(width % 4 == 0 for width in (*widths[-1].values(),) if width != 10)
+        still = [cut for cut in arm.cuts if not cut.ratio]
+        assert still
+        assert all(cut.accuracy_before == cut.accuracy_after for cut in still)
+    model = build_model(tiny["model"], num_classes=10, image_shape=(1, 8, 8), seed=7)
+    ox.pruning.replay(model, torch.zeros(1, 1, 8, 8), tmp_path / "out")

@@ -1,18 +1,9 @@
-"""Real architectures with random weights and inputs that are as small as they allow.
-
-Torchvision's wheels on PyPI are compiled against a torch with CUDA; next to a CPU-only one their
-library does not load and the import fails for want of an operator that no model here uses. The
-operator is declared then.
-"""
+"""Real architectures with random weights and inputs that are as small as they allow."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,36 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from orthoreg_ext.experiment.zoo import load_package
+
 CLASSES = 10
 
 
 def load(package: str) -> ModuleType:
     """Imports torchvision or timm, or skips the test saying why."""
-    for name in ("torchvision", package):
-        if find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install orthoreg_ext[test]")
-    _declare_nms()
     try:
-        return importlib.import_module(package)
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"{package} does not import next to torch {torch.__version__}: {error}")
-
-
-_declared: list[torch.library.Library] = []  # gone with the object
-
-
-def _declare_nms() -> None:
-    spec = find_spec("torchvision")
-    assert spec is not None
-    for folder in spec.submodule_search_locations or ():
-        for library in Path(folder).glob("_C*.so"):
-            with suppress(OSError):
-                torch.ops.load_library(str(library))
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)
+        return load_package(package)
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""Parameters from a file that somebody else may have written."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .extras import require
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a state dict, ``.safetensors`` or written by ``torch.save``.
+
+    Raises:
+        ValueError: there is none, or it is that of another model.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"--weights is {str(path)!r}; expected a state dict in a file *{', *'.join(SUFFIXES)}"
+        )
+    if not path.is_file():
+        raise ValueError(f"--weights: there is no file {str(path)!r}")
+    try:
+        state = _read(path)
+        model.load_state_dict(state)
+    except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "torch.load reads nothing but tensors from it, and refuses"
+        raise ValueError(
+            f"--weights {str(path)!r} is no state dict of this MODEL ({reason}); save its "
+            "state_dict(), or name the MODEL whose it is"
+        ) from error
+
+
+def _read(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    safetensors = require("safetensors.torch")
+    try:
+        return safetensors.load_file(path)
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise RuntimeError(str(error)) from error
