@@ -52,7 +52,7 @@ def check_penalty(
     Raises:
         TypeError, ValueError: an argument is unknown, or does not go with the penalty.
     """
-    if bias not in (True, False, "conv"):
+    if not isinstance(bias, (bool, str)) or bias not in (True, False, "conv"):
         raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
     if isinstance(layer_weights, str):
         choose("layer_weights", layer_weights, LAYER_WEIGHTS)
