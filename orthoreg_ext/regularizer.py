@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .arguments import is_count, is_factor
+from .arguments import is_factor
 from .attachment import (
     Attachment,
     PreparedTerms,
@@ -20,13 +20,10 @@ from .attachment import (
     parameters_of,
     refuse_gathered,
 )
-from .diagnostics import LayerReport, Report, mean_correlation
+from .diagnostics import LayerReport, Report, layer_reports
 from .distributed import Group, check_group, check_sharing, unwrapped
 from .errors import choose
-from .options import check_num_groups, check_taken
-from .penalties import get_penalty
 from .plan import (
-    LAYER_WEIGHTS,
     LayerWeights,
     ModelState,
     Plan,
@@ -34,7 +31,8 @@ from .plan import (
     Selector,
     Term,
 )
-from .schedules import BansalSteps, Stateful
+from .schedules import Stateful
+from .settings import check_numbers, check_penalty
 from .sharing import Shares, shared_total, weighted_sum
 from .sides import SIDES
 
@@ -113,40 +111,8 @@ class OrthoRegularizer:
         shard: bool = False,
         process_group: Group | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not is_factor(strength):
-            raise ValueError(f"strength is {strength!r}, expected a finite number of at least 0")
-        if not is_count(every):
-            raise ValueError(f"every is {every!r}, expected a positive number of steps")
-        if not is_count(max_dim):
-            raise ValueError(f"max_dim is {max_dim!r}, expected a positive number of rows")
-        if schedule is not None and not callable(schedule):
-            raise TypeError(f"schedule is {schedule!r}, expected a function of the step number")
-        if isinstance(schedule, BansalSteps):
-            schedule.check_strength(strength)
-        if not isinstance(bias, (bool, str)) or bias not in (True, False, "conv"):
-            raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
-        if isinstance(layer_weights, str):
-            choose("layer_weights", layer_weights, LAYER_WEIGHTS)
-        elif not isinstance(layer_weights, Mapping):
-            raise TypeError(
-                f"layer_weights is {layer_weights!r}, expected {', '.join(LAYER_WEIGHTS)} or a "
-                "dict from layer name to factor"
-            )
-        row = get_penalty(penalty)
-        if row.counts is not None:
-            raise ValueError(
-                f"penalty {penalty!r} is about the filters to prune, which a regulariser of "
-                "a whole model does not know: use functional.add_gram_penalty_grad_ with pruned="
-            )
-        if row.convolutional and bias is True:
-            raise ValueError(f"bias is True, but a bias has no part in penalty {penalty!r}")
-        if row.of_filters and side == "cols":
-            raise ValueError(f"penalty {penalty!r} compares filters: side cannot be 'cols'")
-        check_taken(row, num_groups=num_groups)
-        if "num_groups" in row.takes:
-            num_groups = check_num_groups(num_groups)
+        check_numbers(model, strength, every, max_dim, schedule)
+        row, num_groups = check_penalty(penalty, side, layer_weights, bias, num_groups)
         check_sharing(shard, process_group)
         self.model = model = unwrapped(model)
         self.penalty = penalty
@@ -295,31 +261,20 @@ class OrthoRegularizer:
     def _shared(self, plan: Plan) -> Shares:
         if self._shares is None or self._shares.plan is not plan:
             settings = [f"{self.penalty!r}, side={self.side!r}, every={self.every}"]
-            self._shares = Shares(plan, check_group(self._group), settings)
+            with torch.inference_mode(False):  # later steps are to differentiate it
+                self._shares = Shares(plan, check_group(self._group), settings)
         return self._shares
 
     def report(self) -> Report:
         """Measures every layer: its penalty, its factor in the term, its filters' correlation."""
-        plan, rows = self._current(), []
+        plan = self._current()
+        rows: list[LayerReport] = []
         with torch.no_grad():
             for term in plan.terms:
                 tensors = term.tensors()
                 tensors.pop("vectors", None)  # without them it is the true value
                 values = functional.gram_penalty(penalty=self.penalty, side=self.side, **tensors)
-                for i, layer in enumerate(term.layers):
-                    rows.append(
-                        LayerReport(
-                            name=layer.name,
-                            kind=layer.kind,
-                            filters=layer.filters,
-                            groups=layer.groups,
-                            fan_in=layer.fan_in + int(term.with_bias[i]),
-                            side="cols" if term.columns[i] else "rows",
-                            weight=term.factors[i],
-                            penalty=float(values[i]),
-                            correlation=mean_correlation(layer),
-                        )
-                    )
+                rows += layer_reports(term, values)
         return Report(rows, plan.skipped)
 
     def state_dict(self) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class Shares:
         )
         return result
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _of_all_ranks(self, own: Sequence[Tensor]) -> list[Tensor]:  # each [L]
         """The values of all layers of each term; eigenvectors are exchanged along."""

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import orthoreg_ext as ox
 from orthoreg_ext.distributed import Flat, among
 from orthoreg_ext.pruning import calibration, engine, latency
+from orthoreg_ext.pruning.rules import Rules
 from tests.distributed import nets
 from tests.pruning.nets import ResNet, randomised
 
@@ -175,6 +176,15 @@ def check_a_cut_that_fails_on_one_rank_is_taken_back_on_all(rank: int, ranks: in
     ):
         ox.pruning.prune(model, EXAMPLE, criterion="l1", ratio=0.3)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    direct = engine.Engine(model, EXAMPLE, Rules(criterion="l1"))  # as the methods do
+    units = direct.select(direct.score(), 0.3)
+    with (
+        mock.patch.object(engine, "checked_commit", failing),
+        pytest.raises(RuntimeError, match="the outputs differ"),
+    ):
+        direct.remove(units)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert not direct.history
 
 
 def check_ranks_with_other_weights_are_refused(rank: int, ranks: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 Check = Callable[[int, int], None]
 """A check of a rank in a world of so many."""
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=180)
 """After which a rank gives up waiting for another one."""
 
 
