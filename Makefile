@@ -24,7 +24,7 @@ BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -t
 FORMATTED = $(shell find csrc tests scripts -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile-gate bench readme wheel gpu-check build emulator clean
+.PHONY: help demo test lint compile-gate bench readme wheel check-wheel gpu-check build emulator fuzz clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -39,7 +39,7 @@ $(STAMPS)/environment: scripts/environment.py
 	@mkdir -p $(STAMPS) && touch $@
 
 # What the package needs at run time, and for development; the package itself is compiled below.
-$(STAMPS)/packages-cli $(STAMPS)/packages-dev: $(STAMPS)/packages-%: $(STAMPS)/environment pyproject.toml
+$(STAMPS)/packages-cli $(STAMPS)/packages-dev $(STAMPS)/packages-release: $(STAMPS)/packages-%: $(STAMPS)/environment pyproject.toml
 	@$(STEP) "packages [$*]" --quiet -- env ORTHOREG_EXT_NO_BUILD=1 \
 		$(PIP) --no-build-isolation -e '.[$*]'
 	@touch $@
@@ -76,9 +76,10 @@ compile-gate: $(STAMPS)/build-test ## registers and spills of every CUDA kernel
 	@$(if $(filter ON on 1,$(TEST_CUDA)),$(STEP) "compile gate" -- $(PY) scripts/compile_gate.py \
 		--out build/compile_gate.txt,echo '==> compile gate: left out, TEST_CUDA is $(TEST_CUDA)')
 
-test: $(STAMPS)/build-test lint compile-gate ## lint, all tests, the emulated kernels under sanitizers, the wheel
+test: $(STAMPS)/build-test lint compile-gate ## lint, all tests, the sanitizers, the wheels
 	@OMP_NUM_THREADS=1 $(STEP) "pytest" -- $(PY) -m pytest -n $(JOBS) -p no:benchmark $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory emulator
+	@$(MAKE) --no-print-directory fuzz
 	@$(STEP) "wheels, in an environment without a compiler" -- \
 		env ORTHOREG_CUDA=$(TEST_CUDA) ORTHOREG_WERROR=1 $(PY) scripts/check_wheel.py $(VENV)/constraints.txt
 	@echo "==> make test: all passed"
@@ -93,6 +94,10 @@ emulator: $(STAMPS)/build-test ## the CUDA kernels on the CPU, under two sanitiz
 		OMP_NUM_THREADS=1 $(STEP) "emulated kernels for the $$sanitizer sanitizer: test" -- \
 			$(PY) -m tests.emu.sanitize $$sanitizer -q $(EMULATED) || exit 1; \
 	done
+
+# ORTHOREG_FUZZ_EXAMPLES: how many, 10 000 if not set; ORTHOREG_FUZZ_SEED=random: others every time.
+fuzz: $(STAMPS)/packages-dev ## odd arguments for everything, under the address and UB sanitizers
+	@$(STEP) "fuzz: the CPU operators under sanitizers" -- $(PY) -m tests.fuzz.sanitized
 
 # Quick in under 5 minutes; BENCH_ARGS="--budget 60" for less. The table and the files are made of the
 # records that were written, also of a run that failed or was stopped.
@@ -110,10 +115,22 @@ bench: $(STAMPS)/build-test ## the benchmarks, under 5 minutes; FULL=1: every mo
 readme: $(STAMPS)/packages-dev ## the README's benchmark table and figure from benchmarks/results
 	@$(PY) -m benchmarks.readme
 
-wheel: $(STAMPS)/build ## a wheel for this Python and platform in dist/
-	@rm -rf build/lib* build/bdist*
-	@$(STEP) "wheel" --quiet -- $(PY) -m pip wheel -v --no-deps --no-build-isolation -w dist .
-	@ls -l dist/*.whl
+# One wheel for each CPython named here, beside the environment's own: PYTHONS="python3.12 python3.13".
+PYTHONS ?=
+
+wheel: $(STAMPS)/packages-release ## the sdist and the wheels, in dist/; PYTHONS="python3.12 ..."
+	@$(STEP) "wheels" -- env PYTHONS='$(PYTHONS)' $(PY) scripts/wheels.py --out dist
+
+check-wheel: $(STAMPS)/packages-release ## uses what is in dist/ without a compiler
+	@$(STEP) "wheels, in an environment without a compiler" -- env PYTHONS='$(PYTHONS)' \
+		$(PY) scripts/check_wheel.py $(VENV)/constraints.txt --wheels dist
+
+.PHONY: docs
+test: docs
+
+# Not mkdocs --quiet, which drops the warnings that --strict is to count.
+docs: $(STAMPS)/packages-dev ## the documentation as a site, build/site/index.html; warnings are errors
+	@$(STEP) "documentation" --quiet -- env NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 gpu-check: ## on a machine with an NVIDIA GPU: tests, compute-sanitizer and benchmarks on it
 	@PYTHON=$(PYTHON) bash scripts/gpu_check.sh

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
@@ -11,6 +11,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .errors import wrong_length
 from .reference import WEIGHT_ONLY, compute_dtype
@@ -77,10 +78,22 @@ def has_dense_filters(weight: Tensor) -> bool:
     return weight.shape[0] <= 1 or weight.stride(0) >= expected
 
 
+def check_sequence(argument: str, value: object) -> None:
+    """Raises naming the argument where it has no entries for the layers to take."""
+    if isinstance(value, (Tensor, str)) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"{argument} must be a sequence with one entry for each of the weights, got "
+            f"{type(value).__name__}"
+        )
+
+
 def check_tensor(argument: str, tensor: object, minimum_dim: int) -> Tensor:
     """Returns a tensor that the operators can read, or raises naming the argument."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument} must be a Tensor, got {type(tensor).__name__}")
+    traced = torch.compiler.is_compiling()  # it knows neither of these
+    if not traced and is_lazy(tensor):
+        raise ValueError(f"{argument} is not initialised; run the model once before")
     if tensor.dtype not in DTYPES:
         raise TypeError(
             f"{argument} has dtype {tensor.dtype}, expected float64, float32, bfloat16 or float16; "
@@ -88,6 +101,8 @@ def check_tensor(argument: str, tensor: object, minimum_dim: int) -> Tensor:
         )
     if type(tensor).__name__ == "DTensor":
         raise TypeError(f"{argument} is a DTensor; pass its local or full tensor instead")
+    if not traced and tensor.is_nested:
+        raise TypeError(f"{argument} is a nested tensor; pass those that it holds one by one")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{argument} has layout {tensor.layout}; call .to_dense() first")
     if tensor.dim() < minimum_dim:
@@ -95,6 +110,11 @@ def check_tensor(argument: str, tensor: object, minimum_dim: int) -> Tensor:
             f"{argument} has shape {tuple(tensor.shape)}, expected [filters, ...] with at least "
             f"{minimum_dim} dimensions; use .unsqueeze(0) for a single filter"
         )
+    if not traced:
+        if tensor._is_zerotensor():  # it has no memory
+            return tensor.clone()
+        if tensor.is_neg():  # its memory holds the negated values
+            return tensor.resolve_neg()
     return tensor
 
 
@@ -107,11 +127,13 @@ def check_layers(
     """Checks the layers of a call; filters that are not dense in memory are copied."""
     if isinstance(weights, Tensor):
         raise TypeError("weights must be a sequence of tensors; put the tensor in a list: [weight]")
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be a sequence of tensors, got {type(weights).__name__}")
     weights = [check_tensor(f"weights[{i}]", w, minimum_dim) for i, w in enumerate(weights)]
     count = len(weights)
     for argument, values in (("biases", biases), ("groups", groups)):
-        if values is not None and not isinstance(values, Sequence):
-            raise TypeError(f"{argument} must be a sequence with one entry for each of the weights")
+        if values is not None:
+            check_sequence(argument, values)
     if biases is not None and len(biases) != count:
         raise wrong_length("biases", len(biases), count, "weights")
     if groups is not None and len(groups) != count:
@@ -126,7 +148,7 @@ def check_layers(
         bias = biases[i] if biases is not None else None
         if bias is None:
             bias = weight.new_empty(0)
-        elif check_tensor(f"biases[{i}]", bias, 1).shape != weight.shape[:1]:
+        elif (bias := check_tensor(f"biases[{i}]", bias, 1)).shape != weight.shape[:1]:
             raise ValueError(
                 f"biases[{i}] has shape {tuple(bias.shape)}, expected [{weight.shape[0]}]: "
                 "one entry for each filter"
@@ -137,7 +159,7 @@ def check_layers(
                 f"{weight.dtype} on {weight.device}; they must agree"
             )
         group = groups[i] if groups is not None else 1
-        if not isinstance(group, int) or group < 1 or weight.shape[0] % group:
+        if not is_count(group) or weight.shape[0] % group:
             raise ValueError(
                 f"groups[{i}] is {group!r}, expected a positive divisor of the {weight.shape[0]} "
                 "filters of that weight"
@@ -155,7 +177,9 @@ def check_coefficients(
     if coefficients is None:
         return None
     if not isinstance(coefficients, Tensor):
-        if not all(isinstance(c, Real) for c in coefficients):
+        if not isinstance(coefficients, Iterable) or not all(
+            isinstance(c, Real) for c in coefficients
+        ):
             raise TypeError(
                 "coefficients must be numbers, one for each of the weights, or a tensor"
             )
@@ -202,6 +226,9 @@ def check_grads(
     count = len(layers.weights)
     if grads is None:
         raise ValueError(f"criterion {needing!r} needs gradients: pass grads, one for each weight")
+    check_sequence("grads", grads)
+    if bias_grads is not None:
+        check_sequence("bias_grads", bias_grads)
     if len(grads) != count:
         raise wrong_length("grads", len(grads), count, "weights")
     if bias_grads is not None and len(bias_grads) != count:
@@ -257,14 +284,15 @@ def keep_taps_together(layers: Layers) -> Layers:
 
 def check_fisher(layers: Layers, fisher: Sequence[Tensor]) -> list[Tensor]:
     """Returns the accumulators in the memory order of their weights: themselves, or copies."""
-    if isinstance(fisher, Tensor):
-        raise TypeError("fisher must be a sequence of tensors, one for each of the weights")
+    check_sequence("fisher", fisher)
     if len(fisher) != len(layers.weights):
         raise wrong_length("fisher", len(fisher), len(layers.weights), "weights")
     ordered = []
     first: dict[int, int] = {}
     for i, (tensor, weight) in enumerate(zip(fisher, layers.weights, strict=True)):
-        check_tensor(f"fisher[{i}]", tensor, 1)
+        held = check_tensor(f"fisher[{i}]", tensor, 1)
+        if tensor._is_zerotensor():
+            raise ValueError(f"fisher[{i}] is a zero tensor without memory: clone it")
         wide = compute_dtype(weight.dtype)
         if tensor.dtype != wide:
             raise TypeError(
@@ -286,6 +314,10 @@ def check_fisher(layers: Layers, fisher: Sequence[Tensor]) -> list[Tensor]:
                 f"fisher[{i}] is the tensor of fisher[{first[id(tensor)]}]; every weight needs its "
                 "own accumulator"
             )
-        same = tensor.stride()[1:] == weight.stride()[1:] and has_dense_filters(tensor)
+        same = (
+            held is tensor
+            and tensor.stride()[1:] == weight.stride()[1:]
+            and has_dense_filters(tensor)
+        )
         ordered.append(tensor if same else torch.empty_like(weight, dtype=wide).copy_(tensor))
     return ordered

@@ -48,6 +48,7 @@ def _takes_grad(tensor: Tensor) -> bool:
         grad.dtype == tensor.dtype
         and grad.layout is torch.strided
         and grad.stride() == tensor.stride()
+        and not (grad.is_neg() or grad._is_zerotensor())
     )
 
 

@@ -46,13 +46,18 @@ def group_members(
         device: where the scores are.
 
     Raises:
+        TypeError: members are no sequences of pairs of an index and a tensor of indices or None.
         ValueError: a group without members, unequal lengths, an index outside the scores, a root
             channel without a score.
     """
+    if isinstance(members, Tensor) or not isinstance(members, Sequence):
+        raise TypeError(f"members must be a sequence of groups, got {type(members).__name__}")
     pieces: list[Tensor] = []
     counts: list[Tensor] = []
     sizes = []
     for number, group in enumerate(members):
+        if isinstance(group, Tensor) or not isinstance(group, Sequence):
+            raise TypeError(f"members[{number}] must be a sequence, got {type(group).__name__}")
         if not group:
             raise ValueError(f"members[{number}] is empty, expected (score index, indices) pairs")
         rows = [_entries(number, member, lengths) for member in group]
@@ -77,7 +82,23 @@ def group_members(
     return GroupMembers(entries.to(device), starts.to(device), tuple(sizes), tuple(lengths))
 
 
+def _are_indices(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_floating_point() or value.is_complex())
+        and value.dtype != torch.bool
+        and value.device.type != "meta"
+    )
+
+
 def _entries(number: int, member: Member, lengths: Sequence[int]) -> Tensor:  # [r] int64
+    pair = tuple(member) if isinstance(member, Sequence) else ()
+    right = len(pair) == 2 and isinstance(pair[0], int)
+    if not right or not (pair[1] is None or _are_indices(pair[1])):
+        raise TypeError(
+            f"members[{number}] holds {member!r}, expected (score index, int64 indices or None)"
+        )
     tensor, indices = member
     if not 0 <= tensor < len(lengths):
         raise ValueError(

@@ -6,6 +6,7 @@ Both are registered for a namespace, so that the emulated CUDA operators of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -27,7 +28,7 @@ def gram_sizes(
     sizes = []
     for weight, bias, group, column in zip(weights, biases, groups, columns, strict=True):
         n = weight.shape[0] // group
-        k = (weight[0].numel() if weight.shape[0] else 0) + (1 if bias.numel() else 0)
+        k = math.prod(weight.shape[1:]) + (1 if bias.numel() else 0)
         m = k if column else n
         sizes.append((group, m, m))
     return sizes

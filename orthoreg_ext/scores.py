@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import overload
 
 import torch
@@ -186,6 +186,8 @@ def accumulate_fisher_(
 def _score_names(criteria: Sequence[str], known: Collection[str]) -> list[str]:
     if isinstance(criteria, str):
         raise TypeError(f"criteria must be a sequence of names; write ({criteria!r},)")
+    if not isinstance(criteria, Iterable):
+        raise TypeError(f"criteria must be a sequence of names, got {type(criteria).__name__}")
     names = [choose("criterion", name, known) for name in criteria]
     if not names:
         raise ValueError(f"criteria is empty, expected some of {', '.join(known)}")
@@ -341,6 +343,8 @@ def group_scores(
             other lengths than the tables; an unknown reduction.
     """
     choose("reduction", reduction, reference.REDUCTIONS)
+    if isinstance(scores, Tensor) or not isinstance(scores, Sequence):
+        raise TypeError(f"scores must be a sequence of tensors, got {type(scores).__name__}")
     checked = [check_tensor(f"scores[{i}]", s, 1) for i, s in enumerate(scores)]
     lengths = tuple(s.numel() for s in checked)
     for i, tensor in enumerate(checked):

@@ -1,25 +1,31 @@
-"""Builds every kind of wheel and runs each in a fresh environment without a compiler.
+"""Checks the wheels that scripts/wheels.py made, or makes them first; uses them without a compiler.
 
-    python scripts/check_wheel.py <constraints.txt>
+    python scripts/check_wheel.py <constraints.txt> [--wheels dist] [--pythons "python3.10 ..."]
 
-- from the source tree, with the options of the environment: `cp3X-cp3X`, with `_host`;
-- from the sdist, without `_host`: `cp310-abi3`, one for every Python;
-- from the sdist, ORTHOREG_EXT_NO_BUILD=1, without compiler and CMake in reach: `py3-none-any`.
+- each compiled one: its manylinux tag is what auditwheel reads from the binaries; nothing but one
+  `_C` (the same file in all, of nothing but the stable ABI) and the `_host` of its CPython is
+  compiled in it, and no library came along; that CPython, where it is here, imports `_host`;
+- the one of this Python, the pure one, and one built from the sdist without `_host` (`cp310-abi3`)
+  are installed and run in a fresh environment that has no compiler.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
 import os
+import re
 import shutil
-import subprocess
 import sys
-import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "build" / "check-wheel"
-TAG = f"cp{sys.version_info.major}{sys.version_info.minor}"
+import stable_abi
+import wheels as make
+
+FOLDER = make.BUILD / "check-wheel"
 PROBE = """\
 import json, shutil, sys
 import torch
@@ -39,73 +45,118 @@ for gram, weight in zip(F.gram(weights), weights):
     matrix = weight.flatten(1)
     torch.testing.assert_close(gram, matrix @ matrix.T)
 """
+HOST = """\
+import json, sys
+sys.path[0] = sys.argv[1]
+import _host
+print(json.dumps(_host.build_info()))
+"""
 
 
-def run(command: list[str], **environment: str) -> None:
-    """Runs a command; its output is shown only if it fails."""
-    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment}
-    done = subprocess.run(
-        command, env=env, cwd=FOLDER, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"{done.stdout}\nFAILED ({done.returncode}): {' '.join(command)}")
+class Held:
+    """What a compiled wheel holds, unpacked."""
+
+    def __init__(self, wheel: Path) -> None:
+        self.wheel, self.tag = wheel, wheel.name.split("-")[2]
+        self.folder = FOLDER / "unpacked" / self.tag
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(self.folder)
+        self.binaries = sorted(p.relative_to(self.folder) for p in self.folder.rglob("*.so*"))
+        self.operators = self.folder / "orthoreg_ext" / "_C.abi3.so"
+
+    def problems(self) -> list[str]:
+        """What is wrong with the names, the tags and `_C`, one line each."""
+        digits = self.tag.removeprefix("cp")
+        host = rf"orthoreg_ext/_host\.cpython-{digits}-[\w-]+\.so"
+        names = [str(path) for path in self.binaries]
+        if names[:1] != ["orthoreg_ext/_C.abi3.so"] or not re.fullmatch(host, ",".join(names[1:])):
+            return [f"holds {names}, expected _C.abi3.so and the _host of {self.tag}"]
+        found = stable_abi.problems(self.operators)
+        # sym_tag: by the versions of the symbols; torch's libraries, which no policy knows, aside.
+        said = json.loads(make.auditwheel("show", "--json", str(self.wheel)))
+        (metadata,) = self.folder.glob("*.dist-info/WHEEL")
+        tags = re.findall(r"^Tag: (\S+)$", metadata.read_text(), re.MULTILINE)
+        named = self.wheel.stem.split("-", 2)[2]
+        platforms = named.split("-")[2].split(".")
+        if not said["sym_tag"].startswith("manylinux_") or said["sym_tag"] not in platforms:
+            found.append(f"is tagged {named}, but its symbols allow {said['sym_tag']}")
+        if said["unsupported_isa"]:
+            found.append("needs a newer processor than the tag says")
+        if sorted(tags) != sorted(f"{self.tag}-{self.tag}-{p}" for p in platforms):
+            found.append(f"is named {named}, but says of itself {tags}")
+        return found
 
 
-def build_wheel(source: Path, target: str, **environment: str) -> Path:
-    """Builds `source` (a folder or an sdist) into a wheel and returns its path."""
-    folder = FOLDER / target
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    run([*command, "-w", str(folder), str(source)], **environment)
-    (wheel,) = folder.glob("*.whl")
-    print(f"    {target}: {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
-    return wheel
+def check_compiled(compiled: list[Path], pythons: str) -> None:
+    """Checks the wheels with binaries beside each other."""
+    held = [Held(wheel) for wheel in compiled]
+    said = [f"{h.wheel.name} {line}" for h in held for line in h.problems()]
+    if len({hashlib.sha256(h.operators.read_bytes()).digest() for h in held}) > 1:
+        said.append("the wheels hold different files _C.abi3.so")
+    if said:
+        raise SystemExit("\n".join(said))
+    here = {interpreter.tag: interpreter for interpreter in make.interpreters(pythons)}
+    built = {}
+    for h in held:
+        if h.tag not in here:
+            print(f"    {h.tag}: contents and tags are right; no such Python here to import it")
+            continue
+        folder = str(h.folder / "orthoreg_ext")
+        built[h.tag] = json.loads(make.run([here[h.tag].executable, "-c", HOST, folder]))
+        print(f"    {h.tag}: {h.wheel.name} holds what it says; _host imports", flush=True)
+    if any(info != next(iter(built.values())) for info in built.values()):
+        raise SystemExit(f"the modules _host were built in different ways: {built}")
 
 
-def build_sdist() -> Path:
-    code = f"from setuptools import build_meta; build_meta.build_sdist({str(FOLDER / 'sdist')!r})"
-    env = {**os.environ, "ORTHOREG_EXT_NO_BUILD": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    (sdist,) = (FOLDER / "sdist").glob("*.tar.gz")
-    return sdist
-
-
-def main() -> None:
-    constraints = Path(sys.argv[1]).resolve()
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    (FOLDER / "empty").mkdir(parents=True)
-    for stale in (ROOT / "build").glob("lib*"):
-        shutil.rmtree(stale)
-
-    sdist = build_sdist()
-    print(f"    sdist: {sdist.name}, {sdist.stat().st_size / 1e6:.1f} MB", flush=True)
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    wheels = {
-        "native": build_wheel(ROOT, "native"),
-        "abi3": build_wheel(sdist, "abi3", ORTHOREG_CUDA="OFF", ORTHOREG_HOST_MODULE="0"),
-        "pure": build_wheel(sdist, "pure", ORTHOREG_EXT_NO_BUILD="1", PATH=str(FOLDER / "empty")),
-    }
-    tags = {
-        "native": f"{TAG}-{TAG}-{platform}",
-        "abi3": f"cp310-abi3-{platform}",
-        "pure": "py3-none-any",
-    }
-    for kind, wheel in wheels.items():
-        if not wheel.name.endswith(f"-{tags[kind]}.whl"):
-            raise SystemExit(f"{wheel.name} should be tagged {tags[kind]}")
-
+def check_runs(wheels: dict[str, Path], constraints: Path) -> None:
+    """Installs and runs each wheel of this Python in an environment without a compiler."""
+    empty = FOLDER / "empty"
+    bare = {"PATH": str(empty), "CC": "", "CXX": "", "CUDA_HOME": "", "PYTHONPATH": ""}
     venv.create(FOLDER / "venv", with_pip=True)
     python = str(FOLDER / "venv" / "bin" / "python")
     install = [python, "-m", "pip", "install", "--only-binary", ":all:"]
-    run([*install, "--constraint", str(constraints), str(wheels["native"])])
-    bare = {"PATH": str(FOLDER / "empty"), "CC": "", "CXX": "", "CUDA_HOME": "", "PYTHONPATH": ""}
     for kind, wheel in wheels.items():
-        run([*install, "--no-deps", "--force-reinstall", str(wheel)])
-        run([python, "-c", PROBE, "fallback" if kind == "pure" else "compiled"], **bare)
+        options = ["--no-deps", "--force-reinstall"]
+        if kind == next(iter(wheels)):
+            options = ["--constraint", str(constraints)]
+        make.run([*install, *options, str(wheel)], cwd=FOLDER)
+        expected = "fallback" if kind == "pure" else "compiled"
+        make.run([python, "-c", PROBE, expected], cwd=FOLDER, **bare)
         print(f"    {kind}: imported and ran without a compiler", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("constraints", type=Path, help="binds pip to the torch to test with")
+    parser.add_argument("--wheels", type=Path, help="where they lie; without it they are made")
+    parser.add_argument("--pythons", default=os.environ.get("PYTHONS", ""))
+    arguments = parser.parse_args()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    (FOLDER / "empty").mkdir(parents=True)
+    folder = (arguments.wheels or FOLDER / "dist").resolve()
+    if arguments.wheels is None:
+        make.build_all(folder, arguments.pythons)
+    (sdist,) = folder.glob("*.tar.gz")
+    (pure,) = folder.glob("*-py3-none-any.whl")
+    compiled = sorted(set(folder.glob("*.whl")) - {pure})
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    own = [wheel for wheel in compiled if f"-{tag}-" in wheel.name]
+    if not own:
+        raise SystemExit(f"{folder} has no wheel for this Python, {tag}: {compiled}")
+    check_compiled(compiled, arguments.pythons)
+    plain = {"ORTHOREG_CUDA": "OFF", "ORTHOREG_HOST_MODULE": "0"}
+    abi3 = make.build_wheel(sdist, FOLDER / "abi3", **plain)
+    make.show("abi3, from the sdist", abi3)
+    if "-cp310-abi3-linux" not in abi3.name:
+        raise SystemExit(f"{abi3.name} should be tagged cp310-abi3")
+    # The sdist is enough for the fallback, with nothing in reach that compiles.
+    bare = {"ORTHOREG_EXT_NO_BUILD": "1", "PATH": str(FOLDER / "empty")}
+    again = make.build_wheel(sdist, FOLDER / "pure", **bare)
+    if again.name != pure.name:
+        raise SystemExit(f"{again.name} should be {pure.name}")
+    check_runs({"native": own[0], "abi3": abi3, "pure": again}, arguments.constraints.resolve())
     shutil.rmtree(FOLDER / "venv")
 
 

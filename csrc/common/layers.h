@@ -63,6 +63,7 @@ inline ScalarType compute_type(const std::vector<Tensor>& weights) {
 
 // Every filter is one gapless block, in whatever order of its dimensions.
 inline bool has_dense_filters(const Tensor& weight) {
+  if (weight.numel() == 0) return true;  // whatever its strides are
   int64_t expected = 1, entries = 1;
   for (int64_t d = 1; d < weight.dim(); ++d) entries *= weight.size(d);
   while (expected < entries) {
@@ -162,14 +163,15 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& weights,
                       "] in the computing precision");
     }
     Layer layer{};
-    layer.weight = w.const_data_ptr();
+    // Not null without entries either: to kernels, a filter at no address is a pruned one.
+    layer.weight = w.numel() > 0 ? w.const_data_ptr() : "";
     layer.bias = with_bias ? b.const_data_ptr() : nullptr;
     layer.dtype = w.scalar_type();
     layer.groups = groups[i];
     layer.n = w.size(0) / groups[i];
     layer.k = 1;
     for (int64_t d = 1; d < w.dim(); ++d) layer.k *= w.size(d);
-    layer.stride = w.size(0) > 1 ? w.stride(0) : layer.k;
+    layer.stride = w.size(0) > 1 && w.numel() > 0 ? w.stride(0) : layer.k;
     layer.columns = !columns.empty() && columns[i] != 0;
     layer.offset = offsets.empty() ? 0.0 : offsets[i];
     layer.slopes = slopes;

@@ -151,6 +151,7 @@ void store_tile(const GramTile<T>& tile, const Symmetric<T>& matrix) {
   const GramKernels<T>& kernels = gram_kernels<T>();
   const bool diagonal = tile.diagonal != nullptr;
   const int64_t m = matrix.m;
+  if (m == 0) return;
   if (matrix.lanes > 1) {
     return kernels.store_symmetric(tile.g, tile.rows.count, tile.columns.count, diagonal,
                                    tile.rows.start, tile.columns.start, m, matrix.data);

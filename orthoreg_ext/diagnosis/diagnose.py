@@ -77,7 +77,7 @@ def diagnose(
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
-    if bias not in (True, False, "conv"):
+    if not isinstance(bias, (bool, str)) or bias not in (True, False, "conv"):
         raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
     selection = Selection("small", "uniform", include, exclude, bias, max_dim)
     selection.check(model)

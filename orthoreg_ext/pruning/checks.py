@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
@@ -18,6 +19,7 @@ def check_model(model: object, argument: str = "model") -> nn.Module:
     """Refuses wrappers and sharded parameters, whose parameters cannot be replaced.
 
     Raises:
+        ValueError: a parameter of a lazy module that has no shape yet.
         TypeError: no module, a wrapper, or DTensor parameters; says what to pass instead.
     """
     if not isinstance(model, nn.Module):
@@ -25,8 +27,8 @@ def check_model(model: object, argument: str = "model") -> nn.Module:
     kind = type(model).__name__
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(
-            f"{argument} is wrapped in {kind}: pass {argument}.module on every rank (same data, "
-            "same seed), and wrap the pruned model again"
+            f"{argument} is wrapped in {kind}: pass {argument}.module on every rank, and wrap the "
+            "pruned model again"
         )
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise TypeError(
@@ -37,6 +39,8 @@ def check_model(model: object, argument: str = "model") -> nn.Module:
             f"{argument} is a TorchScript module: prune the Python module, then script it"
         )
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"{argument}: {name!r} is not initialised; run the model once before")
         if type(parameter.data).__name__ == "DTensor":
             raise TypeError(f"{argument}: {name!r} is sharded (DTensor); prune before sharding")
     return model
