@@ -304,7 +304,8 @@ def check_fisher(layers: Layers, fisher: Sequence[Tensor]) -> list[Tensor]:
                 f"fisher[{i}] has shape {tuple(tensor.shape)} on {tensor.device}, expected "
                 f"{tuple(weight.shape)} on {weight.device}"
             )
-        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        shared = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+        if shared and tensor.numel():
             raise ValueError(
                 f"fisher[{i}] has entries that share memory (expand); use "
                 f"torch.zeros_like(weight, dtype={wide})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -133,6 +134,9 @@ def expected_of(drawn: Layers, given_options: dict[str, Any]) -> tuple[Tensor, T
             squared = given_options["penalty"] in (*SQUARES, "srip")
             total += float((entries.square() if squared else entries).sum() + n * k + n + k)
         factor = 1.0 if factors is None else abs(float(factors[i]))
+        norms = size.square().sum(-1) if given_options["penalty"] == "cosine" else size.new_ones(1)
+        if bool(((norms > 0) & (norms < 1e-35)).any()):
+            total = math.inf  # of filters so small, cosines are 0 in all but float64
         # 0 times what overflows in the layer's precision is NaN
         sizes.append(total * factor if factor or total != total else total)
     return values.detach(), torch.tensor(sizes, dtype=torch.float64), grads
@@ -191,7 +195,7 @@ def test_add_gram_penalty_grad(
         if tensor.is_leaf and tensor.is_floating_point() and not tensor.is_nested:
             try:
                 tensor.requires_grad_()
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 continue
             if with_grads and is_plain(tensor) and tensor.layout is torch.strided:
                 tensor.grad = torch.ones_like(tensor)

@@ -51,14 +51,14 @@ def assert_scores(
             group = 1 if groups is None else groups[i]
             none = plain(weight).new_empty(0)
             bias, grad, bias_grad = (
-                none if r is None or r[i] is None else plain(r[i]) for r in rows
+                plain(r[i]) if r is not None and is_right(r[i]) else none for r in rows
             )
             if axis == 1:
                 bias = bias_grad = none
             w = reference.filter_entries(plain(weight), bias, group, axis)
             g = none
-            if grad.numel() or (not none.numel() and rows[1] is not None):
-                g = reference.filter_entries(grad, bias_grad, group, axis)
+            if set(names) - set(reference.WEIGHT_ONLY):
+                g = reference.filter_entries(grad, bias_grad if bias.numel() else none, group, axis)
             for name in names:
                 if name == reference.FISHER_DIAG:
                     continue
@@ -170,7 +170,10 @@ def test_accumulate_fisher(drawn_call: tuple[Layers, dict[str, Any], bool]) -> N
     drawn, options, spoilt = drawn_call
     fisher = [t for t in options["fisher"] if isinstance(t, Tensor)]
     inputs = [*drawn.tensors(), *_tensors(options["grads"])]
-    before, sums = snapshot([*inputs, *fisher]), [t.detach().clone() for t in fisher]
+    before, sums = (
+        snapshot([*inputs, *fisher]),
+        [t.detach().clone() if is_right(t) else t for t in fisher],
+    )
     found = call(F.accumulate_fisher_, drawn.weights, groups=drawn.groups, **options)
     if isinstance(found, Refused):
         assert spoilt, f"refused what is right: {found}"
