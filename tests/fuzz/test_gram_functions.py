@@ -14,7 +14,7 @@ import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.penalties import PENALTIES
 
-from .odd import Layers, fuzz, junk, layers, plain
+from .odd import Layers, fuzz, is_right, junk, layers, plain
 from .outcome import Refused, assert_near, assert_unchanged, call, snapshot
 
 SIDES = ("rows", "cols", "small")
@@ -64,7 +64,7 @@ def options(draw: st.DrawFn, drawn: Layers) -> dict[str, Any]:
     """What gram_penalty takes beside the layers: for the right layers mostly right."""
     weights = drawn.weights if isinstance(drawn.weights, list) else [None, None]
     count = len(weights)
-    shapes = [getattr(w, "shape", (2, 2)) or (1,) for w in weights]
+    shapes = [tuple(w.shape) or (1,) if is_right(w) else (2, 2) for w in weights]
     name = draw(st.sampled_from((*PENALTIES, "orthoreg", "so")))
     found: dict[str, Any] = {"penalty": name, "side": draw(st.sampled_from(SIDES))}
     if draw(st.booleans()):
@@ -93,6 +93,11 @@ def options(draw: st.DrawFn, drawn: Layers) -> dict[str, Any]:
 
 def refusable(drawn: Layers, given_options: dict[str, Any]) -> bool:
     """Whether there is a reason to refuse the call."""
+    factors = given_options.get("coefficients")
+    if factors is not None and not (
+        isinstance(factors, list) and all(isinstance(f, (int, float)) for f in factors)
+    ):
+        return True
     unusual = {"targets", "vectors", "strides", "num_groups", "pruned"} & given_options.keys()
     known = given_options["penalty"] in ("orthoreg", "so", "frobenius", "offdiag", "cosine", "dso")
     return drawn.spoilt or bool(unusual) or not known or given_options["side"] not in SIDES

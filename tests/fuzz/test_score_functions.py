@@ -13,7 +13,7 @@ import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext import reference
 
-from .odd import FLOATS, Layers, fuzz, junk, layers, plain, tensors
+from .odd import FLOATS, Layers, fuzz, is_right, junk, layers, plain, tensors
 from .outcome import Refused, assert_near, assert_unchanged, call, snapshot
 
 CRITERIA = tuple(reference.SCORES)
@@ -21,13 +21,6 @@ SOME = st.lists(
     st.sampled_from((*CRITERIA, "l1", "l2", "taylor")), min_size=1, max_size=3, unique=True
 )
 DIMS = st.sampled_from((0, 0, 1, (0, 1)))
-
-
-def is_right(weight: Any) -> bool:
-    """Whether it has the shape and type of a weight."""
-    if not isinstance(weight, Tensor) or isinstance(weight, torch.nn.UninitializedParameter):
-        return False
-    return weight.dtype in FLOATS and weight.layout is torch.strided and not weight.is_nested
 
 
 def on_cpu(*rows: Any) -> bool:
