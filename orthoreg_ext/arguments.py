@@ -278,7 +278,11 @@ def keep_taps_together(layers: Layers) -> Layers:
             for outer, inner in pairwise(dims)
         )
 
-    weights = [w if is_run(w) else w.contiguous() for w in layers.weights]
+    # an empty one counts as contiguous, whatever its strides are
+    weights = [
+        w if is_run(w) else w.contiguous() if w.numel() else w.new_empty(w.shape)
+        for w in layers.weights
+    ]
     return Layers(weights, layers.biases, layers.groups)
 
 

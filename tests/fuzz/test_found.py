@@ -45,6 +45,11 @@ def test_tensors_whose_memory_is_not_their_values() -> None:
         F.accumulate_fisher_([weight], [odd], [none])
 
 
+def test_scores_of_no_filters_in_any_memory() -> None:
+    weight = torch.empty(2, 2, 2, 5, 3).permute(4, 3, 2, 1, 0)[:0]
+    assert F.filter_scores([weight], dim=1)["l1"][0].tolist() == [0.0] * 5
+
+
 def test_true_is_no_number_of_groups() -> None:
     with pytest.raises(ValueError, match=r"groups\[0\] is True"):
         F.gram([torch.ones(2, 2)], groups=[True])
@@ -59,11 +64,13 @@ def test_a_lazy_weight_is_named() -> None:
     ("options", "expected"),
     [
         ({"criteria": 3}, "criteria must be a sequence of names, got int"),
+        ({"dim": [[0]]}, "dim is"),
+        ({"dim": torch.ones(2).numpy()}, "dim is"),
         ({"criteria": ["taylor"], "grads": 3}, "grads must be a sequence"),
     ],
 )
 def test_what_is_no_sequence_is_named(options: dict[str, object], expected: str) -> None:
-    with pytest.raises(TypeError, match=expected):
+    with pytest.raises((TypeError, ValueError), match=expected):
         F.filter_scores([torch.ones(2, 2)], **options)
 
 
