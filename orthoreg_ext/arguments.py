@@ -278,7 +278,11 @@ def keep_taps_together(layers: Layers) -> Layers:
             for outer, inner in pairwise(dims)
         )
 
-    weights = [w if is_run(w) else w.contiguous() for w in layers.weights]
+    # an empty one counts as contiguous, whatever its strides are
+    weights = [
+        w if is_run(w) else w.contiguous() if w.numel() else w.new_empty(w.shape)
+        for w in layers.weights
+    ]
     return Layers(weights, layers.biases, layers.groups)
 
 
@@ -304,7 +308,8 @@ def check_fisher(layers: Layers, fisher: Sequence[Tensor]) -> list[Tensor]:
                 f"fisher[{i}] has shape {tuple(tensor.shape)} on {tensor.device}, expected "
                 f"{tuple(weight.shape)} on {weight.device}"
             )
-        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        shared = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+        if shared and tensor.numel():
             raise ValueError(
                 f"fisher[{i}] has entries that share memory (expand); use "
                 f"torch.zeros_like(weight, dtype={wide})"

@@ -196,7 +196,7 @@ def _score_names(criteria: Sequence[str], known: Collection[str]) -> list[str]:
 
 def _score_axes(dim: int | tuple[int, int]) -> tuple[int, ...]:
     key = tuple(dim) if isinstance(dim, (tuple, list)) else dim
-    if key not in _AXES:
+    if not isinstance(dim, (int, tuple, list)) or key not in list(_AXES):
         raise ValueError(
             f"dim is {dim!r}, expected 0 (filters), 1 (input channels) or (0, 1) (both)"
         )

@@ -46,6 +46,20 @@ def check_model(model: object, argument: str = "model") -> nn.Module:
     return model
 
 
+def require_values(model: nn.Module) -> None:
+    """Refuses a model on the meta device.
+
+    Raises:
+        ValueError: a parameter has no values to choose filters by.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: {name!r} is on the meta device and has no values to choose filters by: "
+                "load the weights first"
+            )
+
+
 def check_callable(argument: str, value: object, signature: str) -> None:
     """Refuses an optional function that cannot be called.
 

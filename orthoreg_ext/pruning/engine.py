@@ -73,6 +73,7 @@ class Engine:
     ) -> None:
         checks.refuse_inference_mode()
         self.model = checks.check_model(model)
+        checks.require_values(model)
         self.inputs = example_inputs
         self.rules = rules
         self.ignored = checks.layer_names(model, ignored)

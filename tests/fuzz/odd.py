@@ -263,6 +263,13 @@ def layers(draw: st.DrawFn, least: int = 2, biases: bool = True, spoil: bool = T
     return made
 
 
+def is_right(weight: Any) -> bool:
+    """Whether it has the shape and type of a weight."""
+    if not isinstance(weight, Tensor) or isinstance(weight, torch.nn.UninitializedParameter):
+        return False
+    return weight.dtype in FLOATS and weight.layout is torch.strided and not weight.is_nested
+
+
 def plain(t: Tensor) -> Tensor:
     """The same values in plain memory, in float64, of no subclass and without history."""
     with torch.no_grad():

@@ -37,6 +37,8 @@ def call(
     try:
         return function(*arguments, **options)
     except documented as error:
+        if isinstance(error, RuntimeError):
+            return Refused(error)  # of a model that cannot be run or followed
         names = {*inspect.signature(function).parameters, "layer", "criterion", "penalty"}
         singular = {name.removesuffix("s") for name in names}
         words = set(re.findall(r"[a-z_]+", str(error).lower()))

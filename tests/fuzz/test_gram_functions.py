@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext.penalties import PENALTIES
 
-from .odd import Layers, fuzz, junk, layers, plain
+from .odd import Layers, fuzz, is_right, junk, layers, plain
 from .outcome import Refused, assert_near, assert_unchanged, call, snapshot
 
 SIDES = ("rows", "cols", "small")
@@ -63,7 +64,7 @@ def options(draw: st.DrawFn, drawn: Layers) -> dict[str, Any]:
     """What gram_penalty takes beside the layers: for the right layers mostly right."""
     weights = drawn.weights if isinstance(drawn.weights, list) else [None, None]
     count = len(weights)
-    shapes = [getattr(w, "shape", (2, 2)) or (1,) for w in weights]
+    shapes = [tuple(w.shape) or (1,) if is_right(w) else (2, 2) for w in weights]
     name = draw(st.sampled_from((*PENALTIES, "orthoreg", "so")))
     found: dict[str, Any] = {"penalty": name, "side": draw(st.sampled_from(SIDES))}
     if draw(st.booleans()):
@@ -92,6 +93,11 @@ def options(draw: st.DrawFn, drawn: Layers) -> dict[str, Any]:
 
 def refusable(drawn: Layers, given_options: dict[str, Any]) -> bool:
     """Whether there is a reason to refuse the call."""
+    factors = given_options.get("coefficients")
+    if factors is not None and not (
+        isinstance(factors, list) and all(isinstance(f, (int, float)) for f in factors)
+    ):
+        return True
     unusual = {"targets", "vectors", "strides", "num_groups", "pruned"} & given_options.keys()
     known = given_options["penalty"] in ("orthoreg", "so", "frobenius", "offdiag", "cosine", "dso")
     return drawn.spoilt or bool(unusual) or not known or given_options["side"] not in SIDES
@@ -133,6 +139,9 @@ def expected_of(drawn: Layers, given_options: dict[str, Any]) -> tuple[Tensor, T
             squared = given_options["penalty"] in (*SQUARES, "srip")
             total += float((entries.square() if squared else entries).sum() + n * k + n + k)
         factor = 1.0 if factors is None else abs(float(factors[i]))
+        norms = size.square().sum(-1) if given_options["penalty"] == "cosine" else size.new_ones(1)
+        if bool(((norms > 0) & (norms < 1e-35)).any()):
+            total = math.inf  # of filters so small, cosines are 0 in all but float64
         # 0 times what overflows in the layer's precision is NaN
         sizes.append(total * factor if factor or total != total else total)
     return values.detach(), torch.tensor(sizes, dtype=torch.float64), grads
@@ -191,7 +200,7 @@ def test_add_gram_penalty_grad(
         if tensor.is_leaf and tensor.is_floating_point() and not tensor.is_nested:
             try:
                 tensor.requires_grad_()
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 continue
             if with_grads and is_plain(tensor) and tensor.layout is torch.strided:
                 tensor.grad = torch.ones_like(tensor)

@@ -164,7 +164,7 @@ def test_regularizer(net: nn.Module, options: dict[str, Any], attached: bool) ->
 )
 def test_diagnose(net: nn.Module, options: dict[str, Any]) -> None:
     before = state(net)
-    call(ox.diagnose, net, **options)
+    call(ox.diagnose, net, documented=DOCUMENTED, **options)
     assert_same(net, before)
 
 

@@ -13,7 +13,7 @@ import orthoreg_ext as ox
 import orthoreg_ext.functional as F
 from orthoreg_ext import reference
 
-from .odd import FLOATS, Layers, fuzz, junk, layers, plain, tensors
+from .odd import FLOATS, Layers, fuzz, is_right, junk, layers, plain, tensors
 from .outcome import Refused, assert_near, assert_unchanged, call, snapshot
 
 CRITERIA = tuple(reference.SCORES)
@@ -21,13 +21,6 @@ SOME = st.lists(
     st.sampled_from((*CRITERIA, "l1", "l2", "taylor")), min_size=1, max_size=3, unique=True
 )
 DIMS = st.sampled_from((0, 0, 1, (0, 1)))
-
-
-def is_right(weight: Any) -> bool:
-    """Whether it has the shape and type of a weight."""
-    if not isinstance(weight, Tensor) or isinstance(weight, torch.nn.UninitializedParameter):
-        return False
-    return weight.dtype in FLOATS and weight.layout is torch.strided and not weight.is_nested
 
 
 def on_cpu(*rows: Any) -> bool:
@@ -51,14 +44,14 @@ def assert_scores(
             group = 1 if groups is None else groups[i]
             none = plain(weight).new_empty(0)
             bias, grad, bias_grad = (
-                none if r is None or r[i] is None else plain(r[i]) for r in rows
+                plain(r[i]) if r is not None and is_right(r[i]) else none for r in rows
             )
             if axis == 1:
                 bias = bias_grad = none
             w = reference.filter_entries(plain(weight), bias, group, axis)
             g = none
-            if grad.numel() or (not none.numel() and rows[1] is not None):
-                g = reference.filter_entries(grad, bias_grad, group, axis)
+            if set(names) - set(reference.WEIGHT_ONLY):
+                g = reference.filter_entries(grad, bias_grad if bias.numel() else none, group, axis)
             for name in names:
                 if name == reference.FISHER_DIAG:
                     continue
@@ -170,7 +163,10 @@ def test_accumulate_fisher(drawn_call: tuple[Layers, dict[str, Any], bool]) -> N
     drawn, options, spoilt = drawn_call
     fisher = [t for t in options["fisher"] if isinstance(t, Tensor)]
     inputs = [*drawn.tensors(), *_tensors(options["grads"])]
-    before, sums = snapshot([*inputs, *fisher]), [t.detach().clone() for t in fisher]
+    before, sums = (
+        snapshot([*inputs, *fisher]),
+        [t.detach().clone() if is_right(t) else t for t in fisher],
+    )
     found = call(F.accumulate_fisher_, drawn.weights, groups=drawn.groups, **options)
     if isinstance(found, Refused):
         assert spoilt, f"refused what is right: {found}"
