@@ -275,8 +275,9 @@ def add_gram_penalty_grad_(
     if not isinstance(strength, (Real, Tensor)):
         raise TypeError(f"strength must be a number or a tensor, got {type(strength).__name__}")
     check_taken(row, num_groups=num_groups, strides=strides, vectors=vectors)
-    listed = isinstance(weights, Iterable) and not isinstance(weights, Tensor)
-    original = list(weights) if listed else weights
+    if isinstance(weights, Tensor) or not isinstance(weights, Iterable):
+        check_layers(weights, biases, groups)  # which refuses it
+    original = list(weights)
     layers = check_layers(original, biases, groups)
     if not layers.weights:
         return torch.zeros(0)
