@@ -125,6 +125,13 @@ check-wheel: $(STAMPS)/packages-release ## uses what is in dist/ without a compi
 	@$(STEP) "wheels, in an environment without a compiler" -- env PYTHONS='$(PYTHONS)' \
 		$(PY) scripts/check_wheel.py $(VENV)/constraints.txt --wheels dist
 
+.PHONY: docs
+test: docs
+
+# Not mkdocs --quiet, which drops the warnings that --strict is to count.
+docs: $(STAMPS)/packages-dev ## the documentation as a site, build/site/index.html; warnings are errors
+	@$(STEP) "documentation" --quiet -- env NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 gpu-check: ## on a machine with an NVIDIA GPU: tests, compute-sanitizer and benchmarks on it
 	@PYTHON=$(PYTHON) bash scripts/gpu_check.sh
 

@@ -1,6 +1,6 @@
 """Fast orthonormality regularisation and filter pruning for PyTorch."""
 
-from . import functional, integrations, pruning, schedules
+from . import distributed, functional, integrations, pruning, schedules
 from .backend import backend
 from .build_info import VERSION, build_info
 from .diagnosis import diagnose
@@ -15,6 +15,7 @@ __all__ = [
     "backend",
     "build_info",
     "diagnose",
+    "distributed",
     "functional",
     "integrations",
     "precision",

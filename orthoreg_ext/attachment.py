@@ -9,11 +9,12 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import functional
 from .arguments import by_precision, check_layers
 from .backend import namespace_for
+from .distributed import is_fully_sharded, is_sharded
 from .in_place import PreparedPenalty, is_capturing, written_in_place
 from .options import split_groups
 from .penalties import Penalty, get_penalty
@@ -118,6 +119,25 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
 
 def _stepped(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+
+
+def refuse_gathered(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses a step in which FSDP2 has gathered layers, for their gradients are elsewhere then.
+
+    Raises:
+        RuntimeError: naming the layer and what to call.
+    """
+    if not is_fully_sharded(model):
+        return
+    owned = parameters_of(optimizer)
+    for term in plan.terms:
+        for i, layer in enumerate(term.layers):
+            parameters = term.parameters(i)
+            if not any(id(p) in owned or is_sharded(p) for p in parameters):
+                raise RuntimeError(
+                    f"layer {layer.name!r} is gathered (fully_shard) while the optimizer steps, so "
+                    "its term would be lost: call model.reshard() after a forward without backward"
+                )
 
 
 class Settings(NamedTuple):

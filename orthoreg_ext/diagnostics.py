@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .layers import FilterLayer, SkippedLayer
+from .plan import Term
 
 _BLOCK = 1024  # filters compared with all others at once
 
@@ -77,3 +79,21 @@ def mean_correlation(layer: FilterLayer) -> float:
                 total += float((block @ unit.mT).abs().sum())
             total -= float(unit.square().sum())
     return max(total, 0.0) / (layer.groups * n * (n - 1))
+
+
+def layer_reports(term: Term, values: Tensor) -> list[LayerReport]:
+    """A row for each layer of a term, with its values [L]."""
+    return [
+        LayerReport(
+            name=layer.name,
+            kind=layer.kind,
+            filters=layer.filters,
+            groups=layer.groups,
+            fan_in=layer.fan_in + int(term.with_bias[i]),
+            side="cols" if term.columns[i] else "rows",
+            weight=term.factors[i],
+            penalty=float(values[i]),
+            correlation=mean_correlation(layer),
+        )
+        for i, layer in enumerate(term.layers)
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -132,6 +133,9 @@ def check_onnx() -> None:
 def _check_out(out: Path, names: Sequence[str], overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {str(out)!r} is a file; choose a folder")
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {str(out)!r} cannot be written; choose a folder you may write")
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
         raise ValueError(

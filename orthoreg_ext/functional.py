@@ -4,7 +4,7 @@ A weight is a tensor [n, ...] whose leading dimension counts the filters: a conv
 it is, in any memory format. `groups` splits it into that many filter matrices that never see each
 other (grouped and depthwise convolutions), `biases` appends one more column to its filters. All
 weights of a call live on one device; float64 is computed in float64, float32, bfloat16 and float16
-in float32, also under autocast.
+in float32, also under autocast. What torch.func transforms runs in plain PyTorch.
 """
 
 from __future__ import annotations

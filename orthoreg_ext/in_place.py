@@ -48,7 +48,8 @@ def _takes_grad(tensor: Tensor) -> bool:
         grad.dtype == tensor.dtype
         and grad.layout is torch.strided
         and grad.stride() == tensor.stride()
-        and not (grad.is_neg() or grad._is_zerotensor())
+        # a graph of torch.compile is of neither kind, and cannot ask
+        and (torch.compiler.is_compiling() or not (grad.is_neg() or grad._is_zerotensor()))
     )
 
 

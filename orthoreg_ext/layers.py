@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
+from .distributed import whole
+
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -26,8 +28,11 @@ class FilterLayer:
 
     @property
     def weight(self) -> Tensor:  # [n, ...], the output dimension first
-        """The filters; a view of the parameter but for grouped transposed convolutions (a copy)."""
-        return self.rows(self.module.weight)  # type: ignore[arg-type]
+        """The filters; a view of the parameter but for grouped transposed convolutions (a copy).
+
+        A weight that is sharded over ranks (DTensor) is gathered, on all of them.
+        """
+        return self.rows(whole(self.module.weight))  # type: ignore[arg-type]
 
     def rows(self, tensor: Tensor) -> Tensor:  # [n, ...]
         """Filters first: a tensor shaped as the parameter (its gradient, say), like `weight`."""
@@ -41,7 +46,13 @@ class FilterLayer:
 
     @property
     def bias(self) -> Tensor | None:  # [n]
-        """The bias of the filters, if the layer has one."""
+        """The bias of the filters, if the layer has one; gathered like the weight."""
+        bias = self.own_bias
+        return None if bias is None else whole(bias)
+
+    @property
+    def own_bias(self) -> Tensor | None:  # [n]
+        """The bias as the module has it."""
         bias: Tensor | None = self.module.bias  # type: ignore[assignment]
         return bias
 

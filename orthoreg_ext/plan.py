@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import is_factor
+from .distributed import refuse_flat_parameters
 from .errors import unknown_name
 from .in_place import is_capturing
 from .layers import FilterLayer, SkippedLayer, inspect_layers
@@ -48,6 +49,7 @@ class Term:
     columns: list[bool]
     with_bias: list[bool]
     factors: list[float]
+    costs: list[int]  # of each layer, in proportion
     coefficients: Tensor  # [L], on the device
     common: dict[str, Any]  # what the penalty takes beside the layers
     by_layer: dict[str, list[Any]]  # the same, one entry a layer
@@ -69,10 +71,28 @@ class Term:
         """The layers with a parameter of that set of identities."""
         return [
             i
-            for i, layer in enumerate(self.layers)
-            if self._owns_weight(i, parameters)
-            or (self.with_bias[i] and id(layer.bias) in parameters)
+            for i in range(len(self.layers))
+            if any(id(p) in parameters for p in self.parameters(i))
         ]
+
+    def parameters(self, i: int) -> list[Tensor]:
+        """The parameters of a layer that the term is of."""
+        layer = self.layers[i]
+        bias = layer.own_bias if self.with_bias[i] else None
+        return [*layer.weight_parameters(), *([] if bias is None else [bias])]
+
+    def take(self, indices: Sequence[int]) -> Term:
+        """The term of some of the layers."""
+        return replace(
+            self,
+            layers=[self.layers[i] for i in indices],
+            columns=[self.columns[i] for i in indices],
+            with_bias=[self.with_bias[i] for i in indices],
+            factors=[self.factors[i] for i in indices],
+            costs=[self.costs[i] for i in indices],
+            coefficients=self.coefficients_of(indices, self.coefficients.dtype),
+            by_layer={name: [of[i] for i in indices] for name, of in self.by_layer.items()},
+        )
 
     def coefficients_of(self, indices: Sequence[int], dtype: torch.dtype) -> Tensor:  # [L]
         """The coefficients of some layers, on the device; to be kept, for they may be copied there.
@@ -99,7 +119,8 @@ class Term:
             bias = layer.bias if self.with_bias[i] else None
             mine = self._owns_weight(i, parameters)
             weights.append(layer.weight if mine else layer.weight.detach())
-            biases.append(bias if bias is None or id(bias) in parameters else bias.detach())
+            kept = bias is None or id(layer.own_bias) in parameters
+            biases.append(bias if kept or bias is None else bias.detach())
         groups = [self.layers[i].groups for i in indices]
         taken = {name: [of[i] for i in indices] for name, of in self.by_layer.items()}
         return {"weights": weights, "biases": biases, "groups": groups, **self.common, **taken}
@@ -162,6 +183,7 @@ class Selection:
 
     def plan(self, model: nn.Module, vectors: Mapping[str, Tensor] | None = None) -> Plan:
         """Sorts the layers that a model has now; `vectors` are those of the plan before."""
+        refuse_flat_parameters(model)
         found, skipped = inspect_layers(model)
         taken: list[FilterLayer] = []
         for layer in found:
@@ -180,7 +202,8 @@ class Selection:
                 columns=[self._gram_size(taken[i])[1] for i in indices],
                 with_bias=[self._takes_bias(taken[i]) for i in indices],
                 factors=[factors[i] for i in indices],
-                coefficients=_on_device([factors[i] for i in indices], _widest(taken), device),
+                costs=[self._cost(taken[i]) for i in indices],
+                coefficients=_on_device([factors[i] for i in indices], widest(taken), device),
                 common={} if self.num_groups is None else {"num_groups": self.num_groups},
                 by_layer=self._by_layer([taken[i] for i in indices], vectors or {}),
             )
@@ -237,7 +260,7 @@ class Selection:
 
     def _takes_bias(self, layer: FilterLayer) -> bool:
         wanted = layer.kind != "linear" if self.bias == "conv" else bool(self.bias)
-        return wanted and layer.bias is not None and not self.penalty.convolutional
+        return wanted and layer.own_bias is not None and not self.penalty.convolutional
 
     def _groups(self, layer: FilterLayer) -> int:
         """The filter matrices of the layer that are compared within themselves."""
@@ -255,6 +278,22 @@ class Selection:
         if self.penalty.of_filters:
             columns = False
         return (k if columns else n), columns
+
+    def _cost(self, layer: FilterLayer) -> int:
+        """The multiply-accumulates of value and gradient, in proportion.
+
+        Each entry of W meets one row of G in G and one in its gradient; power iteration makes no G,
+        and the self-convolution one for each of its shifts.
+        """
+        entries = layer.filters * (layer.fan_in + int(self._takes_bias(layer)))
+        if "vectors" in self.penalty.takes:
+            return entries
+        cost = entries * self._gram_size(layer)[0]
+        if self.penalty.convolutional and layer.kind != "linear":
+            size: tuple[int, ...] = tuple(layer.module.weight.shape[2:])  # type: ignore[index]
+            steps = zip(size, _stride(layer.module), strict=True)
+            cost *= math.prod(2 * ((side - 1) // stride) + 1 for side, stride in steps)
+        return cost
 
     def _factors(self, taken: list[FilterLayer]) -> list[float]:
         if isinstance(self.layer_weights, str):
@@ -303,7 +342,7 @@ def _stride(module: nn.Module) -> tuple[int, int]:
     return down // math.gcd(down, d), across // math.gcd(across, e)
 
 
-def _widest(layers: list[FilterLayer]) -> torch.dtype:
+def widest(layers: list[FilterLayer]) -> torch.dtype:
     """The widest computing precision of the layers."""
     double = any(p.dtype == torch.float64 for layer in layers for p in layer.weight_parameters())
     return torch.float64 if double else torch.float32

@@ -90,6 +90,8 @@ class _DualProduct(_Product):
 
 def product(left: Tensor, right: Tensor) -> Tensor:  # [g, a, b], [g, b, c] -> [g, a, c]
     """The matrix product, computed and differentiated in the precision of its factors."""
+    if not torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
+        return _Product.forward(left, right)  # TorchScript saves no functions of Python
     kind = _Product if torch.compiler.is_compiling() else _DualProduct
     result: Tensor = kind.apply(left, right)  # type: ignore[no-untyped-call]
     return result

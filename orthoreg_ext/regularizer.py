@@ -5,27 +5,35 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .arguments import is_count, is_factor
-from .attachment import Attachment, PreparedTerms, check_hooks, parameters_of
-from .diagnostics import LayerReport, Report, mean_correlation
+from .arguments import is_factor
+from .attachment import (
+    Attachment,
+    PreparedTerms,
+    check_hooks,
+    parameters_of,
+    refuse_gathered,
+)
+from .diagnostics import LayerReport, Report, layer_reports
+from .distributed import Group, check_group, check_sharing, unwrapped
 from .errors import choose
-from .options import check_num_groups, check_taken
-from .penalties import get_penalty
 from .plan import (
-    LAYER_WEIGHTS,
     LayerWeights,
     ModelState,
     Plan,
     Selection,
     Selector,
+    Term,
 )
-from .schedules import BansalSteps, Stateful
+from .schedules import Stateful
+from .settings import check_numbers, check_penalty
+from .sharing import Shares, shared_total, weighted_sum
 from .sides import SIDES
 
 
@@ -53,8 +61,13 @@ class OrthoRegularizer:
     the true one; ``report()`` gives the true one. ``ocnn`` takes strides and dilations from the
     modules and leaves biases out; layers that are no 2-D convolution or linear are skipped.
 
+    Of many processes each computes the whole term, so that DDP's mean of gradients is right. With
+    `shard` each computes some layers: ``reg()`` still is the value of the whole term, and the mean
+    over the ranks of its gradient the whole gradient; attached optimizers exchange gradients, which
+    stay bit-equal. Sharded weights (FSDP2, tensor parallelism) are gathered, by all ranks at once.
+
     Args:
-        model: the module whose layers are regularised.
+        model: the module whose layers are regularised; of DistributedDataParallel the one inside.
         penalty: a name of :data:`orthoreg_ext.penalties.PENALTIES`.
         strength: the factor of the whole term.
         side: ``"rows"``, ``"cols"`` or ``"small"``; see :func:`functional.gram_penalty`.
@@ -71,8 +84,12 @@ class OrthoRegularizer:
             :mod:`orthoreg_ext.schedules` for example.
         max_dim: the largest Gram matrix that is taken without `include`.
         num_groups: of ``gor``: see :func:`functional.gram_penalty`.
+        shard: deal the layers to the ranks, balanced by cost; see docs/howto/distributed.md.
+        process_group: the one that averages the gradients; by default all ranks.
 
     Raises:
+        RuntimeError: with `shard`, there is no process group, or the ranks have other layers.
+        TypeError: the model is sharded by FSDP1, or already sharded and `shard` is given.
         ValueError: no layer is left, or an argument is out of range or unknown.
     """
 
@@ -91,47 +108,20 @@ class OrthoRegularizer:
         schedule: Callable[[int], float] | None = None,
         max_dim: int = 2048,
         num_groups: int | None = None,
+        shard: bool = False,
+        process_group: Group | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not is_factor(strength):
-            raise ValueError(f"strength is {strength!r}, expected a finite number of at least 0")
-        if not is_count(every):
-            raise ValueError(f"every is {every!r}, expected a positive number of steps")
-        if not is_count(max_dim):
-            raise ValueError(f"max_dim is {max_dim!r}, expected a positive number of rows")
-        if schedule is not None and not callable(schedule):
-            raise TypeError(f"schedule is {schedule!r}, expected a function of the step number")
-        if isinstance(schedule, BansalSteps):
-            schedule.check_strength(strength)
-        if not isinstance(bias, (bool, str)) or bias not in (True, False, "conv"):
-            raise ValueError(f"bias is {bias!r}, expected True, False or 'conv'")
-        if isinstance(layer_weights, str):
-            choose("layer_weights", layer_weights, LAYER_WEIGHTS)
-        elif not isinstance(layer_weights, Mapping):
-            raise TypeError(
-                f"layer_weights is {layer_weights!r}, expected {', '.join(LAYER_WEIGHTS)} or a "
-                "dict from layer name to factor"
-            )
-        row = get_penalty(penalty)
-        if row.counts is not None:
-            raise ValueError(
-                f"penalty {penalty!r} is about the filters to prune, which a regulariser of "
-                "a whole model does not know: use functional.add_gram_penalty_grad_ with pruned="
-            )
-        if row.convolutional and bias is True:
-            raise ValueError(f"bias is True, but a bias has no part in penalty {penalty!r}")
-        if row.of_filters and side == "cols":
-            raise ValueError(f"penalty {penalty!r} compares filters: side cannot be 'cols'")
-        check_taken(row, num_groups=num_groups)
-        if "num_groups" in row.takes:
-            num_groups = check_num_groups(num_groups)
-        self.model = model
+        check_numbers(model, strength, every, max_dim, schedule)
+        row, num_groups = check_penalty(penalty, side, layer_weights, bias, num_groups)
+        check_sharing(shard, process_group)
+        self.model = model = unwrapped(model)
         self.penalty = penalty
         self.strength = float(strength)
         self.side = choose("side", side, SIDES)
         self.every = every
         self.schedule = schedule
+        self.shard, self._group = bool(shard), process_group
+        self._shares: Shares | None = None  # of the layers, as they were dealt
         self.step = 0  # calls of this object; attached optimizers count their own steps
         self._called = 0  # the step of the last call
         self._selection = Selection(
@@ -176,16 +166,16 @@ class OrthoRegularizer:
         if factor == 0 or not plan.terms:
             device = plan.terms[0].coefficients.device if plan.terms else None
             return torch.zeros((), device=device)
-        total: Tensor | None = None
-        for term in plan.terms:
-            tensors = term.tensors()
-            if not torch.is_grad_enabled() and "vectors" in tensors:  # no step: they stay
-                tensors["vectors"] = [vector.clone() for vector in tensors["vectors"]]
-            values = functional.gram_penalty(penalty=self.penalty, side=self.side, **tensors)
-            part = (values * term.coefficients.to(values.dtype)).sum() * factor
-            total = part if total is None else total + part.to(total.device)
-        assert total is not None
-        return total
+        if self.shard:
+            shared: Tensor = shared_total(partial(self._shared, plan), self._values, factor)
+            return shared
+        return weighted_sum(plan.terms, [self._values(term) for term in plan.terms], factor)
+
+    def _values(self, term: Term) -> Tensor:  # [L]
+        tensors = term.tensors()
+        if not torch.is_grad_enabled() and "vectors" in tensors:  # no step: they stay
+            tensors["vectors"] = [vector.clone() for vector in tensors["vectors"]]
+        return functional.gram_penalty(penalty=self.penalty, side=self.side, **tensors)
 
     def attach(self, optimizer: torch.optim.Optimizer, *, hook: bool = True) -> Attachment:
         """Adds the term's gradient before each step of the optimizer, after its closure if any.
@@ -250,40 +240,41 @@ class OrthoRegularizer:
         if factor == 0:
             return
         plan, settings = self._current(), (self.penalty, self.side)
+        shares = self._shared(plan) if self.shard else None
+        own = plan if shares is None else shares.own
         prepared = self._prepared.get(optimizer)
-        if prepared is None or not prepared.holds(plan, optimizer, *settings):
-            prepared = PreparedTerms(plan, optimizer, *settings)
+        if prepared is None or not prepared.holds(own, optimizer, *settings):
+            refuse_gathered(self.model, plan, optimizer)
+            prepared = PreparedTerms(own, optimizer, *settings)
             self._prepared[optimizer] = prepared
-        prepared.add(factor, getattr(optimizer, "grad_scale", None))
-        if plan.terms and not prepared.terms:
+        add = partial(prepared.add, factor, getattr(optimizer, "grad_scale", None))
+        if shares is None:
+            add()
+        holds = bool(prepared.terms) if shares is None else shares.add(optimizer, add)
+        if plan.terms and not holds:
             warnings.warn(
                 "the optimizer holds none of the regularised layers any more, so the term is lost: "
                 "parameters were replaced (give prune its optimizer=) or frozen since attach()",
                 stacklevel=2,
             )
 
+    def _shared(self, plan: Plan) -> Shares:
+        if self._shares is None or self._shares.plan is not plan:
+            settings = [f"{self.penalty!r}, side={self.side!r}, every={self.every}"]
+            with torch.inference_mode(False):  # later steps are to differentiate it
+                self._shares = Shares(plan, check_group(self._group), settings)
+        return self._shares
+
     def report(self) -> Report:
         """Measures every layer: its penalty, its factor in the term, its filters' correlation."""
-        plan, rows = self._current(), []
+        plan = self._current()
+        rows: list[LayerReport] = []
         with torch.no_grad():
             for term in plan.terms:
                 tensors = term.tensors()
                 tensors.pop("vectors", None)  # without them it is the true value
                 values = functional.gram_penalty(penalty=self.penalty, side=self.side, **tensors)
-                for i, layer in enumerate(term.layers):
-                    rows.append(
-                        LayerReport(
-                            name=layer.name,
-                            kind=layer.kind,
-                            filters=layer.filters,
-                            groups=layer.groups,
-                            fan_in=layer.fan_in + int(term.with_bias[i]),
-                            side="cols" if term.columns[i] else "rows",
-                            weight=term.factors[i],
-                            penalty=float(values[i]),
-                            correlation=mean_correlation(layer),
-                        )
-                    )
+                rows += layer_reports(term, values)
         return Report(rows, plan.skipped)
 
     def state_dict(self) -> dict[str, Any]:
@@ -371,7 +362,8 @@ class OrthoRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is attached to no optimizer; see :meth:`state_dict` for resuming."""
-        return {**self.__dict__, "_attached": None, "_prepared": None, "_state": None}
+        empty = dict.fromkeys(("_attached", "_prepared", "_state", "_shares"))
+        return {**self.__dict__, **empty}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a copy, attached to nothing."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..build_info import VERSION
 from . import analyze, bench, completion, export, info, prune, replay, sensitivity
 from .info import info_lines
 from .options import BAD_INPUT, FAILED, INTERRUPTED, Parser, formatter
@@ -77,7 +78,10 @@ def _parser() -> Parser:
         formatter_class=formatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    parser.add_argument("--version", action="version", version=f"orthoreg_ext {VERSION}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=Parser
+    )
     for command in COMMANDS:
         command.add(commands)
     return parser

@@ -38,7 +38,11 @@ def add(commands: Commands[Any]) -> None:
         "--format", choices=("pt2", "onnx", "both"), default="both", help="(%(default)s)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("orthoreg-export"), help="folder (%(default)s)"
+        "--out",
+        type=Path,
+        default=Path("orthoreg-export"),
+        metavar="FOLDER",
+        help="for the files (%(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files in --out")
     parser.add_argument(

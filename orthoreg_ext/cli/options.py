@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with 2."""
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message}\n")
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def formatter(prog: str) -> argparse.HelpFormatter:
@@ -154,6 +155,8 @@ def check_folders(options: argparse.Namespace, *names: str) -> None:
         if path and path != STDOUT and not Path(path).parent.is_dir():
             folder = str(Path(path).parent)
             raise ValueError(f"--{name}: there is no folder {folder!r}; make it first")
+        if path and path != STDOUT and not os.access(Path(path).parent, os.W_OK):
+            raise ValueError(f"--{name}: {str(path)!r} cannot be written; choose another folder")
 
 
 def give(options: argparse.Namespace, document: object, text: str) -> None:

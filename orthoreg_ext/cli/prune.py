@@ -41,9 +41,9 @@ def add(commands: Commands[Any]) -> None:
         ("data", str, f"{DATA} (digits)"),
         ("weights", str, "state dict that all networks start from (.safetensors, .pt)"),
         ("ratio", float, "share of the filters to remove (0.75)"),
-        ("target", _target, "share of something else: macs=0.5, params=, latency= or memory="),
+        ("target", _target, "instead of --ratio: macs=0.5, params=, latency= or memory="),
         ("round-to", int, "leave a multiple of it in every coupled group of layers (1)"),
-        ("rounds", int, "cuts in which they go, each followed by fine-tuning (1)"),
+        ("rounds", int, "cuts in which it goes, each followed by fine-tuning (1)"),
         ("criterion", str, "scores the regularised network's filters (fisher)"),
         ("penalty", str, "the regulariser's penalty (orthoreg)"),
         ("strength", float, "its strength (depends on the penalty)"),
@@ -61,10 +61,15 @@ def add(commands: Commands[Any]) -> None:
         ("threads", int, "CPU threads (1)"),
     ):
         metavar = {str: "NAME", int: "N", float: "X", _target: "WHAT=X"}[kind]
+        metavar = {"model": "MODEL", "data": "DATA", "weights": "FILE"}.get(name, metavar)
         settings.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     parser.set_defaults(settings=[action.dest for action in settings._group_actions])
     parser.add_argument(
-        "--out", type=Path, default=Path("orthoreg-run"), help="results folder (%(default)s)"
+        "--out",
+        type=Path,
+        default=Path("orthoreg-run"),
+        metavar="FOLDER",
+        help="results folder (%(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--quiet", action="store_true", help="show no progress")

@@ -16,7 +16,7 @@ from ..build_info import build_info
 from .extras import require
 from .outputs import exported
 
-PACKAGES = ("safetensors.torch", "torch_pruning", "matplotlib.pyplot")
+PACKAGES = ("safetensors.torch", "torch_pruning")
 
 
 def check_packages() -> None:

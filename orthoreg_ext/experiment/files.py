@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 _CHECKPOINT = r"weights\.safetensors|history\.json"  # its files, in a folder until they are whole
@@ -27,7 +28,8 @@ def write_atomic(path: Path, content: bytes, remedy: str = RESUME) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # nor can it be removed from a folder that is read-only
+            temporary.unlink()
         raise OSError(
             error.errno,
             f"cannot write {str(path)!r} ({error.strerror}); what was stored before is intact: "

@@ -9,10 +9,7 @@ its own, so that a run which was interrupted ends with the same numbers as one t
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -24,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from .. import pruning
-from ..build_info import build_info
 from ..pruning.selection import RemovesNothingError
 from ..regularizer import OrthoRegularizer
+from ..report.scores import ScoreRecorder
 from . import measure
 from .checks import check_backend, check_export, check_packages, refusing
 from .data import Dataset, load_dataset
@@ -39,7 +36,7 @@ from .settings import Settings, why_no_gpu
 from .state import STATE_NAME, load_state, restore_training, save_state, training_tensors, under
 from .steps import Step, extended, no_cut, plan
 from .train import DivergedError, accuracy, deterministic, train_epoch
-from .weights import load_weights
+from .weights import load_weights, weights_checksum
 
 CALIBRATION = 10_000  # training images that score the filters, as in OrthoReg's released code
 MOMENTUM = 0.9
@@ -119,7 +116,11 @@ class Job:
             check_export(network, self.train.batch(slice(0, 2))[0])
 
     def _cut(
-        self, model: nn.Module, criterion: str, ratio: float, samples: int = CALIBRATION
+        self,
+        model: nn.Module,
+        criterion: str | pruning.Criterion,
+        ratio: float,
+        samples: int = CALIBRATION,
     ) -> pruning.PruneResult:
         """Cuts the network by a criterion, on samples of the training images, in eval mode."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
@@ -180,9 +181,9 @@ class Job:
             if step.cut == 0:
                 self._keep(arm, model, "before")
             before = accuracy(model, self.test)
-            ratio = self._share(step, arm.cuts)
+            ratio, recorder = self._share(step, arm.cuts), ScoreRecorder(arm.criterion)
             try:
-                result = self._cut(model, arm.criterion, ratio) if ratio > NOTHING else None
+                result = self._cut(model, recorder.criterion, ratio) if ratio > NOTHING else None
             except RemovesNothingError:
                 if not arm.cuts:
                     raise
@@ -203,6 +204,7 @@ class Job:
                     after=Size.of(result.after),
                     prunable=(sum(r.before for r in prunable), sum(r.after for r in prunable)),
                     layers=[(row.name, row.before, row.after) for row in result.layers],
+                    scores=recorder.counts(result)[0] if arm.seed == settings.seed else None,
                 )
             )
             return cut_line(arm, arm.cuts[-1])
@@ -247,9 +249,17 @@ class Job:
         """Keeps of the first seed's networks what the report draws and the files hold."""
         if when == "before":
             arm.layer_correlations = measure.correlation_by_layer(model)
+        else:
+            arm.final_correlations = measure.correlation_by_layer(model)
         if arm.seed != self.settings.seed:
             return
-        self.run.matrix_layer, matrix = measure.correlation_matrix(model)
+        if when == "before":
+            epochs = self.settings.epochs + self.settings.finetune_epochs
+            arm.sensitivity, arm.sensitivity_note = measure.sensitivity(
+                model, self.example, self.train, self.test, arm.criterion, epochs
+            )
+        name, matrix = measure.correlation_matrix(model, self.run.matrix_layer)
+        self.run.matrix_layer = name
         self.kept[f"kept.matrix.{arm.name} {when}"] = matrix.cpu()
         if when == "after" and arm.regularised:
             for key, value in model.state_dict().items():
@@ -346,20 +356,12 @@ def run(
 
 def new_run(settings: Settings, dataset: Dataset) -> Run:
     """Returns the record of a run that is about to begin."""
-    info = build_info()
-    versions = {
-        "orthoreg_ext": info["version"],
-        "torch": info["torch"]["version"],
-        "torch-pruning": importlib.metadata.version("torch-pruning"),
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "operators": f"CPU {info['cpu']['runs']}, backend {info['backend']}",
-    }
     arms = [
         Arm(seed, regularised, settings.criterion if regularised else "l1")
         for seed in settings.seeds_used()
         for regularised in (True, False)
     ]
+    versions = measure.versions(settings.device, settings.model)
     return Run(settings, versions, described(dataset, settings.weights), arms)
 
 
@@ -374,5 +376,5 @@ def described(dataset: Dataset, weights: str | None = None) -> dict[str, Any]:
         "mean": dataset.train.mean.flatten().tolist(),
         "std": dataset.train.std.flatten().tolist(),
         "checksum": dataset.checksum,
-        **({"weights_checksum": zlib.crc32(Path(weights).read_bytes())} if weights else {}),
+        **({"weights_checksum": weights_checksum(Path(weights))} if weights else {}),
     }

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..pruning import Counts
+from ..pruning import Counts, GroupSensitivity, Sensitivity
+from ..report.scores import ScoreCounts
 from .settings import Settings
 
 
@@ -50,6 +51,7 @@ class Cut:
     prunable: tuple[int, int]  # filters that may go at all, before and after
     layers: list[tuple[str, int, int]]  # name, filters before, after
     saved: float = 0.0  # share of the target that went with this cut
+    scores: ScoreCounts | None = None  # of the first seed's networks; old runs have none
 
 
 @dataclass
@@ -64,6 +66,10 @@ class Arm:
     cuts: list[Cut] = field(default_factory=list)
     layer_correlations: dict[str, float] = field(default_factory=dict)  # before the first cut
     checkpoint: dict[str, Any] = field(default_factory=dict)  # replays all cuts
+    # runs of older versions have neither
+    final_correlations: dict[str, float] = field(default_factory=dict)  # pruned and fine-tuned
+    sensitivity: Sensitivity | None = None  # before the first cut, of the first seed's networks
+    sensitivity_note: str = ""  # on what it was measured, or why there is none
 
     @property
     def name(self) -> str:
@@ -106,6 +112,7 @@ class Run:
                     **arm,
                     "epochs": [Epoch(**epoch) for epoch in arm["epochs"]],
                     "cuts": [_cut(cut) for cut in arm["cuts"]],
+                    "sensitivity": _sensitivity(arm.get("sensitivity")),
                 }
             )
             for arm in record["arms"]
@@ -129,8 +136,19 @@ def _cut(record: Mapping[str, Any]) -> Cut:
             "after": Size(**record["after"]),
             "prunable": tuple(record["prunable"]),
             "layers": [tuple(layer) for layer in record["layers"]],
+            "scores": ScoreCounts.from_json(record.get("scores")),
         }
     )
+
+
+def _sensitivity(record: Mapping[str, Any] | None) -> Sensitivity | None:
+    if record is None:
+        return None
+    groups = [
+        GroupSensitivity(**{**group, "layers": tuple(group["layers"])})
+        for group in record["groups"]
+    ]
+    return Sensitivity(**{**record, "ratios": tuple(record["ratios"]), "groups": groups})
 
 
 @dataclass(frozen=True)

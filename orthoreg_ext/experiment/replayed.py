@@ -56,7 +56,7 @@ class Replayed:
 
     def table(self) -> str:
         """The widths, the sizes and what was checked."""
-        lines = [self.result.table(), ""]
+        lines = [self.result.table(), "", "cuts repeated, weights loaded, outputs finite"]
         if self.accuracy is not None:
             line = f"accuracy on the held-out images: {self.accuracy:.2f} %"
             lines.append(

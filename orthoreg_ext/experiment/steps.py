@@ -71,4 +71,5 @@ def no_cut(last: Cut, accuracy: float) -> Cut:
         before=last.after,
         prunable=(last.prunable[1], last.prunable[1]),
         layers=[(name, after, after) for name, _, after in last.layers],
+        scores=None,
     )

@@ -95,6 +95,8 @@ class OrthoRegCallback:
         if saved:
             regularizer.load_state_dict(saved)
         self.regularizer, self._saved = regularizer, {}
+        for made in self._made:
+            made.remove()
         self._attached.clear()
         self._made.clear()
         attached = [self._attach(trainer, optimizer) for optimizer in trainer.optimizers]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import largest_over_ranks, sum_over_ranks
 from ..layers import layer_kind
-from .calibration import Loss, batches
-from .inputs import call, undisturbed
+from .calibration import Loss, batches, one_pass
+from .inputs import call, device_of, undisturbed
 from .units import NEVER, Slot, Structure
 
 FREED = ("memory", "macs", "nothing")
@@ -179,8 +180,9 @@ def group_fisher(
             one row a sample.
     """
     total: Tensor | None = None
-    with undisturbed(model), Contributions(model, structure) as collected:
-        for batch in batches(model, data, need_classes=loss is None):
+    kept = undisturbed(model), Contributions(model, structure)
+    with kept[0], kept[1] as collected, one_pass("scoring", need_classes=loss is None) as seen:
+        for batch in batches(model, data, seen):
             value = batch.loss(call(model, batch.inputs), loss)
             if value.requires_grad and collected.inputs:
                 torch.autograd.grad(value, collected.inputs, allow_unused=True)
@@ -198,8 +200,12 @@ def group_fisher(
                 )
             squares = (found.double() * batch.size).square().sum(0)
             total = squares if total is None else total + squares
-    assert total is not None  # no batch was refused
-    scores = total.cpu()
+    device = device_of(model)
+    scores = torch.zeros(collected.units, dtype=torch.float64, device=device)
+    scores = scores if total is None else total  # None: this rank has no data
+    sum_over_ranks([scores])
     if freed == "nothing":
-        return scores
-    return scores / {"memory": collected.written, "macs": collected.macs}[freed].clamp(min=1)
+        return scores.cpu()
+    size = {"memory": collected.written, "macs": collected.macs}[freed].to(device)
+    largest_over_ranks(size)
+    return scores.cpu() / size.cpu().clamp(min=1)

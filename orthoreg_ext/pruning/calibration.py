@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..distributed import current, sum_over_ranks, together
 from .inputs import call, device_of, tensors_in, to_device, undisturbed
 
 Loss = Callable[[Any, Any], Tensor]
@@ -33,7 +35,7 @@ def check_data(data: object, rounds: int) -> None:
             f"data is a {type(data).__name__}, which can be read once, but {rounds} rounds score "
             "anew; pass a list of batches or a DataLoader"
         )
-    if isinstance(data, Sized) and len(data) == 0:
+    if isinstance(data, Sized) and len(data) == 0 and current() is None:
         raise _no_data()
 
 
@@ -61,38 +63,69 @@ class Batch:
         return value
 
 
-def batches(
-    model: nn.Module, data: Iterable[Any], *, need_classes: bool = False
-) -> Iterator[Batch]:
+@dataclass
+class Seen:
+    """What a pass over the data has seen.
+
+    Attributes:
+        samples: how many.
+        classes: which; None where targets are no classes.
+    """
+
+    samples: int = 0
+    classes: set[int] | None = field(default_factory=set)
+
+
+@contextmanager
+def one_pass(doing: str, *, need_classes: bool = False) -> Iterator[Seen]:
+    """A pass over the data, of every rank over its own; an error of one is an error of all.
+
+    Args:
+        doing: what for, for the message on other ranks.
+        need_classes: refuse data of one class only, if the targets are classes.
+
+    Raises:
+        ValueError: no rank has a batch, or all batches are of one class.
+    """
+    own = Seen()
+    with together(doing) as everyone:
+        yield own
+        everyone.append(own)
+    samples = sum(seen.samples for seen in everyone)
+    if samples == 0:
+        raise _no_data()
+    if not need_classes or any(seen.classes is None for seen in everyone):
+        return
+    classes: set[int] = set().union(*(seen.classes or () for seen in everyone))
+    if len(classes) == 1:
+        raise ValueError(
+            f"data has one class only (class {min(classes)}, {samples} samples): the gradient of "
+            "cross entropy would rank filters by that class alone; pass samples of all classes, or "
+            "your own loss"
+        )
+
+
+def batches(model: nn.Module, data: Iterable[Any], seen: Seen) -> Iterator[Batch]:
     """Reads the data batch by batch.
 
     Args:
         model: says the device.
         data: (input, target) batches; an input may be a tensor, a tuple of arguments or a dict.
-        need_classes: refuse data of one class only, if the targets are classes.
+        seen: takes note.
 
     Raises:
-        ValueError: no batch, a batch that is no pair or has no samples, or one class only.
+        ValueError: a batch that is no pair or has no samples.
     """
-    device, samples = device_of(model), 0
-    classes: set[int] | None = set() if need_classes else None
+    device = device_of(model)
     for i, batch in enumerate(data):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             got = f"{type(batch).__name__}"
             raise ValueError(f"data: batch {i} is a {got}, expected a pair (input, target)")
         inputs, target = to_device(batch[0], device), to_device(batch[1], device)
         size = _batch_size(inputs, target, i)
-        classes = _see_classes(classes, target)
+        seen.classes = _see_classes(seen.classes, target)
         yield Batch(i, inputs, target, size)
-        samples += size
-    if samples == 0:
-        raise _no_data()
-    if classes is not None and len(classes) == 1:
-        raise ValueError(
-            f"data has one class only (class {min(classes)}, {samples} samples): the gradient of "
-            "cross entropy would rank filters by that class alone; pass samples of all classes, or "
-            "your own loss"
-        )
+        seen.samples += size
 
 
 def mean_gradients(
@@ -124,8 +157,8 @@ def mean_gradients(
             that is no finite scalar, or a parameter that the loss does not depend on.
     """
     mean = _Mean(parameters)
-    with undisturbed(model):
-        for batch in batches(model, data, need_classes=loss is None):
+    with undisturbed(model), one_pass("scoring", need_classes=loss is None) as seen:
+        for batch in batches(model, data, seen):
             value = batch.loss(call(model, batch.inputs), loss, temperature)
             mean.add(_gradients(value, list(parameters.values())), batch.size)
     return mean.result()
@@ -169,13 +202,15 @@ def hessian_gradients(
     trained = {**parameters, **others}
     names, leaves = list(trained), list(trained.values())
     mean, product = _Mean(trained), _Mean(parameters)
-    with undisturbed(model), sdpa_kernel([SDPBackend.MATH]):
-        for batch in batches(model, data, need_classes=loss is None):
+    plain = sdpa_kernel([SDPBackend.MATH])
+    with undisturbed(model), plain, one_pass("scoring", need_classes=loss is None) as seen:
+        for batch in batches(model, data, seen):
             value = batch.loss(call(model, batch.inputs), loss, temperature)
             mean.add(_gradients(value, leaves), batch.size)
-        mean.require(parameters)
-        gradients = mean.result(partial=True)
-        for batch in batches(model, data):
+    gradients = mean.result(parameters)
+    plain = sdpa_kernel([SDPBackend.MATH])
+    with undisturbed(model), plain, one_pass("scoring") as seen:
+        for batch in batches(model, data, seen):
             value = batch.loss(call(model, batch.inputs), loss, temperature)
             grads = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
             inner = torch.zeros((), device=value.device, dtype=torch.float64)
@@ -218,8 +253,8 @@ def divergences(
             classes], or a parameter that it does not depend on.
     """
     mean, leaves = _Mean(parameters), list(parameters.values())
-    with undisturbed(model):
-        for batch in batches(model, data):
+    with undisturbed(model), one_pass("scoring") as seen:
+        for batch in batches(model, data, seen):
             logits = call(model, batch.inputs)
             if not isinstance(logits, Tensor) or logits.dim() != 2:
                 got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -247,7 +282,7 @@ def divergences(
 
 
 class _Mean:
-    """The mean of one tensor a parameter over samples, in float32 or wider."""
+    """The mean of one tensor a parameter over the samples of all ranks, in float32 or wider."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters, self.samples = parameters, 0
@@ -276,11 +311,27 @@ class _Mean:
                     "the layer in ignored"
                 )
 
-    def result(self, partial: bool = False) -> dict[str, Tensor]:
-        """The means; of every parameter unless `partial`."""
-        if not partial:
-            self.require(self.parameters)
+    def result(self, required: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The means of all parameters that have any; by default each has to."""
+        self._sum_over_ranks()
+        self.require(self.parameters if required is None else required)
         return {name: total / self.samples for name, total in self.sums.items()}
+
+    def _sum_over_ranks(self) -> None:
+        if current() is None:
+            return
+        first = next(iter(self.parameters.values()))
+        held = [self.samples, *(name in self.sums for name in self.parameters)]
+        counts = torch.tensor(held, dtype=torch.float64).to(first.device)
+        totals = []
+        for name, parameter in self.parameters.items():
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            none = torch.zeros_like(parameter, dtype=wide).detach()
+            totals.append(self.sums.get(name, none))
+        sum_over_ranks([counts, *totals])
+        self.samples, *found = (int(count) for count in counts.tolist())
+        named = zip(self.parameters, totals, found, strict=True)
+        self.sums = {name: total for name, total, ranks in named if ranks}
 
 
 def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -27,8 +27,8 @@ def check_model(model: object, argument: str = "model") -> nn.Module:
     kind = type(model).__name__
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(
-            f"{argument} is wrapped in {kind}: pass {argument}.module on every rank (same data, "
-            "same seed), and wrap the pruned model again"
+            f"{argument} is wrapped in {kind}: pass {argument}.module on every rank, and wrap the "
+            "pruned model again"
         )
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise TypeError(

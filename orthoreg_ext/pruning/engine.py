@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..distributed import mean_over_ranks, require_same_cut, together
 from . import checks
 from .calibration import Loss
 from .checkpoint import fingerprint
@@ -178,7 +179,7 @@ class Engine:
             return 0.0
         with self.rehearsal():
             self._cut(removed, False)
-            return self._stopwatch.saved(self.model, sizes.filters)
+            return mean_over_ranks(self._stopwatch.saved(self.model, sizes.filters))
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -298,15 +299,26 @@ class Engine:
         checks.refuse_reparametrized(self.model, self.structure)
 
     def _remove(self, units: Tensor, number: int) -> None:
-        for optimizer in self.optimizers:
-            check_optimizer(optimizer, self.model)
-        self._check_model()
-        checks.check_finite(self.model, self.structure)
-        if len(units):
-            self._cut(units, self.verify)
+        with together("removing channels"):
+            for optimizer in self.optimizers:
+                check_optimizer(optimizer, self.model)
+            self._check_model()
+            checks.check_finite(self.model, self.structure)
+        require_same_cut(self._described(units))
+        with self.attempt(), together("removing channels"):
+            if len(units):
+                self._cut(units, self.verify)
         self.rounds = number
         self.history = merged([*self.history, *records(self.structure, units, number)])
         self.structure.shrink(units)
+
+    def _described(self, units: Tensor) -> list[str]:
+        """The units to remove by their layers, to be compared with those of other ranks."""
+        found = []
+        for group in self.structure.groups:
+            gone = torch.isin(group.units, units).nonzero().flatten().tolist()
+            found.append(f"channels {gone} of {len(group.units)} of layer {group.name!r}")
+        return found
 
     def _cut(self, units: Tensor, verify: bool) -> None:
         edits = removal_edits(self.model, self.structure, units, self.optimizers)

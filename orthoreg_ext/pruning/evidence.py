@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..distributed import mean_of_ranks, together
 from ..layers import FilterLayer, filter_layers
 from .calibration import Loss, mean_gradients
 from .units import Group, Slot, Structure
@@ -114,19 +115,21 @@ def scored_slots(
 
 
 def existing_gradients(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The `.grad` of every parameter.
+    """The `.grad` of every parameter, or, of several ranks, its mean over them.
 
     Raises:
         ValueError: one has none, naming it and what to do.
     """
     missing = [name for name, parameter in parameters.items() if parameter.grad is None]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ValueError(
-            f"{missing[0]!r}{more} has no gradient: pass data=[(input, target), ...] to compute "
-            "it, or call loss.backward() in eval mode before pruning"
-        )
-    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    with together("scoring"):
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise ValueError(
+                f"{missing[0]!r}{more} has no gradient: pass data=[(input, target), ...] to "
+                "compute it, or call loss.backward() in eval mode before pruning"
+            )
+    grads = [p.grad for p in parameters.values() if p.grad is not None]
+    return dict(zip(parameters, mean_of_ranks(grads), strict=True))
 
 
 @dataclass(frozen=True)

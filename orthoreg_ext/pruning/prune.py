@@ -56,6 +56,9 @@ def prune(
     training flags, BatchNorm statistics and the random state are not touched by scoring. Parameters
     that lose channels are new objects: the optimizer is told, hooks on the old ones are not kept.
 
+    With torch.distributed initialised this is called on every rank: scores are those of all data,
+    and the cut is the same everywhere (:func:`orthoreg_ext.distributed.among` for other groups).
+
     Args:
         model: any module with convolutions or linear layers, on any device. Its output layer is
             never pruned, nor are fully frozen groups.
@@ -70,7 +73,7 @@ def prune(
         data: (input, target) batches for criteria with gradients: the gradient of the mean loss
             over all samples, in eval mode. Without it the existing `.grad` is used: compute it in
             eval mode, behind a BatchNorm in train mode sum w g is identically 0. "grasp", "rdt"
-            and "group_fisher" have to have data.
+            and "group_fisher" have to have data. Of several processes each gives its own.
         loss: (output, target) -> mean loss; cross entropy by default.
         optimizer: one or several whose state (momentum, exp_avg, ...) follows the cut.
         scope: which groups compete. "global": all of them are ranked together; "local": each gives
@@ -115,7 +118,7 @@ def prune(
         ImportError: Torch-Pruning is not installed.
         TypeError, ValueError: an argument is wrong or cannot be met; nothing was changed.
         RuntimeError: called inside `torch.inference_mode()`, the model cannot be followed, or the
-            removal failed; the model was restored.
+            removal failed, or would differ between ranks; the model was restored.
         RoundError: a round after the first failed, or `between_rounds` did (any Exception; the
             cause is chained) or changed the shape of a layer. The rounds before are done, and in
             the error's `.result`; the model is as the last round and `between_rounds` left it.

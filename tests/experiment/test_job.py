@@ -295,7 +295,7 @@ def branching(in_channels, num_classes): return Branching(in_channels, num_class
 """
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "safetensors", "torch_pruning"])
+@pytest.mark.parametrize("package", ["safetensors", "torch_pruning"])
 def test_a_package_that_is_missing_at_the_end_is_missed_at_the_start(
     package: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,9 +28,9 @@ KILLS = 20
 KILLER = """
 import importlib, os, random, signal, sys, time
 from orthoreg_ext import cli
-for name in ("experiment.job", "experiment.figures", "pruning.prune"):
+for name in ("experiment.job", "report.run", "pruning.prune"):
     importlib.import_module(f"orthoreg_ext.{name}")
-for name in ("torch_pruning", "matplotlib.pyplot", "sklearn.datasets", "safetensors.torch"):
+for name in ("torch_pruning", "sklearn.datasets", "safetensors.torch"):
     importlib.import_module(name)
 
 seed, kills, whole, killed, state = sys.argv[1:6]

@@ -136,13 +136,13 @@ def plain_loop(
             continue
         scaler.unscale_(stepper)
         if clip and not clip_all:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
+            assert nn.utils.clip_grad_norm_(net.parameters(), clip) > clip
         term = reg()
         terms.append(float(term.detach()))
         term.backward()
         seen.append(gradients(net))
         if clip and clip_all:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
+            assert nn.utils.clip_grad_norm_(net.parameters(), clip) > clip
         scaler.step(stepper)
         scaler.update()
         stepper.zero_grad()
@@ -222,6 +222,16 @@ def test_fused_optimizer_that_unscales_by_itself_gets_a_scaled_term(pl: ModuleTy
         assert callback.regularizer.state_dict()["attached_steps"] == [STEPS]
         found.append(list(net.parameters()))
     assert_same(*found, rtol=2e-5)  # Adam divides by the root of small numbers
+
+
+def test_optimizer_of_two_runs_gets_the_term_once(pl: ModuleType) -> None:
+    module, callback = make_module(pl, make_net(), "fused"), OrthoRegCallback()
+    optimizer = make_optimizer("fused", module.parameters())
+    module.configure_optimizers = lambda: optimizer
+    for _ in range(2):
+        mixed = pl.plugins.precision.MixedPrecision("16-mixed", "cpu")
+        fit(pl, module, callback, make_batches(1), steps=1, plugins=mixed)
+        assert len(optimizer._optimizer_step_pre_hooks) == 1
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])

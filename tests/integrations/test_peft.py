@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from orthoreg_ext.build_info import compiled
 from tests.integrations.examples import check_adoption, framework, run_example
 
 STEPS = 6
@@ -124,6 +126,25 @@ def test_ranks_up_to_and_above_the_size_of_a_layer(
     ours, found = backward(model)
     assert ours == pytest.approx(loss, rel=1e-6)
     assert_same(found, expected)
+
+
+@pytest.mark.skipif(not compiled, reason="plain PyTorch takes the layers one by one")
+def test_all_matrices_are_one_call(peft: ModuleType, fused: ModuleType) -> None:
+    names: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    model = make_model(peft)
+    fused.fuse_adalora(model)
+    with Record():
+        model.base_model._orthogonality()
+    assert [name for name in names if name.startswith("orthoreg")] == [
+        "orthoreg.gram_penalty.default"
+    ]
+    assert not {"aten.mm.default", "aten.linalg_vector_norm.default"} & set(names)
 
 
 def test_adapters_without_ranks_and_orthonormal_ones(peft: ModuleType, fused: ModuleType) -> None:

@@ -64,7 +64,7 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
         setattr(p, "grad", torch.randn_like(p)) for p in m.parameters()
     ] and None,
     "a gradient in the old one's memory": lambda m: [
-        setattr(p, "grad", p.grad.data.mul_(2)) for p in m.parameters()
+        (p.grad.data.mul_(2), setattr(p, "grad", p.grad.data)) for p in m.parameters()
     ] and None,
     "another backward pass": lambda m: m(torch.ones(2, 3, 8, 8)).sum().backward(),
     "new storage": lambda m: [setattr(p, "data", p.data * 2) for p in m.parameters()] and None,

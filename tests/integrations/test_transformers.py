@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -94,6 +95,7 @@ def make_trainer(
     folder: Path,
     *,
     fp16: bool = False,
+    fused: bool = False,
     steps: int = STEPS,
     accumulate: int = 1,
     **settings: Any,
@@ -114,7 +116,6 @@ def make_trainer(
         gradient_accumulation_steps=accumulate,
         learning_rate=LR,
         lr_scheduler_type="constant",
-        optim="sgd",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -122,7 +123,11 @@ def make_trainer(
         **{"save_strategy": "no", "max_grad_norm": 0.0, **settings},
     )
     trainer = (ScaledTrainer if fp16 else hf.Trainer)(
-        model, arguments, train_dataset=Stream(4 * steps * accumulate), callbacks=callbacks
+        model,
+        arguments,
+        train_dataset=Stream(4 * steps * accumulate),
+        callbacks=callbacks,
+        optimizers=(torch.optim.SGD(model.parameters(), LR, fused=fused), None),
     )
     trainer.remove_callback(hf.PrinterCallback)
     trainer.model_accepts_loss_kwargs = False  # Bert does, but leaves out the count of the samples
@@ -153,7 +158,7 @@ def plain_loop(
             continue
         scaler.unscale_(stepper)
         if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            assert nn.utils.clip_grad_norm_(model.parameters(), clip) > clip
         reg().backward()
         seen.append(gradients(model))
         scaler.step(stepper)
@@ -172,12 +177,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # settings of the Trainer, of the plain loop
     "plain": ({}, {}),
     "accumulated": ({"accumulate": 3}, {"accumulate": 3}),
-    "clipped": ({"max_grad_norm": 0.5}, {"clip": 0.5}),
+    "clipped": ({"max_grad_norm": 0.05}, {"clip": 0.05}),
     "bf16": ({"bf16": True}, {"autocast": torch.bfloat16}),
     "fp16": ({"fp16": True}, {"autocast": torch.float16, "scale": True}),
+    "fp16, fused": ({"fp16": True, "fused": True}, {"autocast": torch.float16, "scale": True}),
     "fp16, clipped": (
-        {"fp16": True, "max_grad_norm": 0.5, "accumulate": 2},
-        {"autocast": torch.float16, "scale": True, "clip": 0.5, "accumulate": 2},
+        {"fp16": True, "max_grad_norm": 0.05, "accumulate": 2},
+        {"autocast": torch.float16, "scale": True, "clip": 0.05, "accumulate": 2},
     ),
 }
 
@@ -301,6 +307,14 @@ def test_prepared_optimizer_of_a_plain_accelerate_loop(hf: ModuleType) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert_same(list(model.parameters()), list(plain.parameters()))
+
+
+def test_missing_package_is_named(hf: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, adapter in (("transformers", "transformers"), ("peft", "peft")):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules, f"orthoreg_ext.integrations.{adapter}", raising=False)
+        with pytest.raises(ImportError, match=f"integrations.{adapter} needs {package}.*pip"):
+            importlib.import_module(f"orthoreg_ext.integrations.{adapter}")
 
 
 def test_what_cannot_work_is_refused(hf: ModuleType) -> None:

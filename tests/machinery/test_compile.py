@@ -144,7 +144,7 @@ def test_one_graph_for_shapes_of_a_kind() -> None:
         torch.testing.assert_close(got, want)
         first, second = (torch.autograd.grad(f[0].sum() + f[1].sum(), w)[0] for f in (got, want))
         torch.testing.assert_close(first, second)
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 3  # of five shapes
 
 
 def test_sides_that_differ_by_a_number_keep_it_with_dynamic_shapes() -> None:
@@ -218,13 +218,14 @@ def test_a_compiled_model_is_pruned_before_it_is_compiled() -> None:
 def test_a_compiled_optimizer_step_carries_the_attached_term() -> None:
     found = []
     for through in (lambda f: f, lambda f: torch.compile(f, backend="aot_eager")):
-        net = model.make()
+        net = nn.Linear(5, 4, bias=False)
+        net.weight = nn.Parameter(random(4, 5))
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         attached = ox.OrthoRegularizer(net, "so", 1.0).attach(optimizer)
         step = through(optimizer.step)
-        for seed in range(3):
+        for _ in range(3):
             optimizer.zero_grad()
-            model.task(net, model.batch(seed=seed)).backward()
+            net(random(2, 5)).sum().backward()
             step()
         found.append(model.parameters(net))
         assert attached.step == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 
 import pytest
@@ -26,6 +27,10 @@ def test_a_trace_is_right_and_needs_no_operator_of_ours() -> None:
     w = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
     traced = torch.jit.trace(function, (w,))
     assert "orthoreg::" not in str(traced.graph)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    traced = torch.jit.load(file)
     got, want = traced(3 * w), function(3 * w)
     torch.testing.assert_close(got, want)
     first, second = (torch.autograd.grad(f[0].sum(), w)[0] for f in (got, want))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...distributed import sum_over_ranks
 from ...errors import choose
 from ..activations import FREED, Contributions, check_read
 from ..counts import work
@@ -139,7 +140,7 @@ class GroupFisher(Method):
         if self.steps % self.every:
             return
         try:
-            if self._stale or not int(self._passes):
+            if not self._sums()[2]:
                 raise ValueError(
                     f"no finite gradient was seen in {self.every} steps, so no channel can be "
                     "chosen: call before_step() after loss.backward(), and look for NaN in the loss"
@@ -152,9 +153,11 @@ class GroupFisher(Method):
             self.close()
 
     def scores(self) -> list[Tensor]:  # each [u] float64, CPU
-        """The scores of the units of every prunable group, from the passes collected so far."""
-        self._gather()
-        fisher = self._fisher.cpu() / self._freed()
+        """The scores of the units of every prunable group, from the passes collected so far.
+
+        Of several ranks the passes of all are added; each has to call this.
+        """
+        fisher = self._sums()[0] / self._freed()
         return [fisher[group.units] for group in self.engine.structure.prunable]
 
     def close(self) -> None:
@@ -177,7 +180,7 @@ class GroupFisher(Method):
 
     def _finish(self) -> None:
         while not self.done:
-            if not int(self._passes):
+            if not self._sums()[1]:
                 raise ValueError(
                     f"{self._progress}, and no finite gradient was seen to choose more by; make "
                     "the method anew and train at least one step before finish()"
@@ -210,6 +213,17 @@ class GroupFisher(Method):
             self._stale = False
         self._fisher[: len(squares)] += torch.where(finite, squares, 0)
         self._passes += finite
+
+    def _sums(self) -> tuple[Tensor, int, bool]:  # [units] float64, CPU
+        """The sums of all ranks, their passes, and whether these are since the last removal."""
+        self._gather()
+        device = device_of(self.model)  # where the ranks can add
+        kinds = torch.tensor([1, not self._stale], dtype=torch.float64, device=device)  # all, new
+        fisher = kinds.unsqueeze(1) * self._fisher.to(device)
+        passes = kinds * self._passes.to(device)
+        sum_over_ranks([fisher, passes])
+        every, new = (int(count) for count in passes.tolist())
+        return fisher[int(new > 0)].cpu(), every, new > 0
 
     def _remove_one(self) -> None:
         pools, groups = self.engine.pools(self.scores()), self.engine.structure.prunable
