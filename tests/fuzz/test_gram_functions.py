@@ -142,6 +142,8 @@ def expected_of(drawn: Layers, given_options: dict[str, Any]) -> tuple[Tensor, T
         norms = size.square().sum(-1) if given_options["penalty"] == "cosine" else size.new_ones(1)
         if bool(((norms > 0) & (norms < 1e-35)).any()):
             total = math.inf  # of filters so small, cosines are 0 in all but float64
+        if given_options["penalty"] == "frobenius" and total > 1e17:
+            total = math.inf  # the squares under the root overflow in float32
         # 0 times what overflows in the layer's precision is NaN
         sizes.append(total * factor if factor or total != total else total)
     return values.detach(), torch.tensor(sizes, dtype=torch.float64), grads
