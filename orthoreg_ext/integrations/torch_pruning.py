@@ -10,7 +10,6 @@ the model, in one pass over weights and gradients; the others read from it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -19,14 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .. import functional
-from ..attachment import Attachment
 from ..errors import choose
 from ..pruning.variety_rules import RULES, THRESHOLD
-from ..regularizer import OrthoRegularizer
 from . import missing
 
 try:
-    import torch_pruning as tp
+    import torch_pruning  # noqa: F401
 except ModuleNotFoundError as error:
     raise missing(__name__, error) from None
 from .torch_pruning_fused import FusedImportance, Normalizer, warn_of_train_mode
@@ -41,6 +38,7 @@ from .torch_pruning_groups import (
     items_of,
     size_of,
 )
+from .torch_pruning_regularized import with_orthoreg
 from .torch_pruning_similarity import distinct, filters_of, similar
 
 __all__ = [
@@ -283,105 +281,6 @@ _HOSTS: dict[str, Callable[..., Callable[[Any], Tensor | None]]] = {
     "taylor": FusedTaylorImportance,
     "orthoreg": OrthoRegImportance,
 }
-
-
-def with_orthoreg(
-    pruner: type[Any], optimizer: torch.optim.Optimizer | None = None, **settings: Any
-) -> type[Any]:
-    """A pruner class of Torch-Pruning that also regularises towards orthonormal filters.
-
-    Its constructor takes what the pruner's takes, and makes an
-    :class:`~orthoreg_ext.OrthoRegularizer` of the model, `regularizer`. Two routes: where the
-    training loop calls ``pruner.regularize(model)`` after ``loss.backward()`` already, that adds
-    the gradient of the term, after whatever the pruner itself adds; elsewhere `optimizer` (or
-    ``pruner.attach(optimizer)``) adds it before each optimizer step, and ``regularize`` does not
-    add it again. Under a GradScaler take the second, which knows the scale.
-
-    The term is of the layers as they are, so it follows the cuts. Torch-Pruning replaces the
-    parameters that it cuts, and an optimizer steps the old ones until it is made anew: attach
-    again then (a warning tells if nothing is left).
-
-    Args:
-        pruner: a class, e.g. ``tp.pruner.GroupNormPruner``.
-        optimizer: one to attach to when the pruner is made.
-        settings: of the :class:`~orthoreg_ext.OrthoRegularizer`, e.g. ``penalty="so"``.
-
-    Returns:
-        A subclass of the pruner.
-
-    Raises:
-        TypeError: `pruner` is no pruner class.
-    """
-    if not (isinstance(pruner, type) and issubclass(pruner, tp.pruner.BasePruner)):
-        what = f"an instance of {type(pruner).__name__}" if not isinstance(pruner, type) else pruner
-        raise TypeError(
-            f"pruner is {what}, expected a class of tp.pruner: write "
-            "with_orthoreg(tp.pruner.BasePruner)(model, ...)"
-        )
-    base: Any = pruner
-
-    class WithOrthoReg(base):  # type: ignore[misc]
-        """The pruner, with a regulariser."""
-
-        def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-            # first: what it refuses is refused before the graph is traced
-            self.regularizer = OrthoRegularizer(model, **settings)
-            self.attached = False
-            super().__init__(model, *args, **_own_dicts(base, model, args, kwargs))
-            if optimizer is not None:
-                self.attach(optimizer)
-
-        def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
-            """Adds the term before each step of the optimizer, and no more in ``regularize``."""
-            attachment = self.regularizer.attach(optimizer)
-            self.attached = True
-            return attachment
-
-        def regularize(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            """The pruner's own, then the gradient of the term, added to each ``.grad``."""
-            result = super().regularize(model, *args, **kwargs)
-            if not self.attached:
-                add_gradient(self.regularizer)
-            return result
-
-    WithOrthoReg.__name__ = WithOrthoReg.__qualname__ = f"OrthoReg{pruner.__name__}"
-    return WithOrthoReg
-
-
-def add_gradient(regularizer: OrthoRegularizer) -> None:
-    """Adds the gradient of the term to each ``.grad``, without running the parameters' hooks."""
-    parameters = [p for p in regularizer.model.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        term = regularizer()
-        if not term.requires_grad:  # no step of `every`, or nothing to train
-            return
-        slopes = torch.autograd.grad(term, parameters, allow_unused=True)
-    with torch.no_grad():
-        for parameter, slope in zip(parameters, slopes, strict=True):
-            if slope is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = slope
-            else:
-                parameter.grad += slope
-
-
-def _own_dicts(
-    pruner: type[Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Keyword arguments with dicts of the call's own.
-
-    Torch-Pruning 1.6.1 writes into its default dicts (base_pruner.py:234), so that a pruner begins
-    with the channel groups of the ones before it.
-    """
-    signature = inspect.signature(pruner)
-    given = signature.bind_partial(model, *args, **kwargs).arguments
-    shared: dict[str, Any] = {
-        name: {}
-        for name, parameter in signature.parameters.items()
-        if name not in given and isinstance(parameter.default, dict)
-    }
-    return {**shared, **kwargs}
 
 
 def _squared(rows: list[Tensor]) -> list[Tensor]:  # each [n]

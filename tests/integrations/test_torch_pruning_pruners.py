@@ -202,6 +202,39 @@ def test_frozen_layers_stay_without_gradient() -> None:
     assert model.fc2.weight.grad is not None
 
 
+def test_looking_at_the_term_counts_no_step_of_regularize() -> None:
+    model, x = with_gradients("mlp")
+    made = with_orthoreg(tp.pruner.BasePruner, every=2)(model, x, FusedMagnitudeImportance())
+    changed = []
+    for _ in range(4):
+        made.regularizer()  # logged, at every step
+        before = model.fc1.weight.grad.clone()
+        made.regularize(model, None)
+        changed.append(not torch.equal(model.fc1.weight.grad, before))
+    assert changed == [True, False, True, False]
+
+
+@pytest.mark.parametrize("how", ["removed", "gone", "cut"])
+def test_regularize_adds_the_term_again_when_no_optimizer_does(how: str) -> None:
+    model, x = with_gradients("mlp")
+    made = with_orthoreg(tp.pruner.BasePruner)(model, x, FusedMagnitudeImportance())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    attachment = made.attach(optimizer)
+    before = model.fc1.weight.grad.clone()
+    made.regularize(model, None)
+    assert torch.equal(model.fc1.weight.grad, before)
+    if how == "removed":
+        attachment.remove()
+    elif how == "gone":
+        del optimizer
+    else:
+        model.fc1 = nn.Linear(model.fc1.in_features, model.fc1.out_features)
+        model.fc2 = nn.Linear(model.fc2.in_features, model.fc2.out_features)
+        model.fc1.weight.grad = before.clone()
+    made.regularize(model, None)
+    assert not torch.equal(model.fc1.weight.grad, before)
+
+
 def test_pruners_share_no_dicts() -> None:
     wrapped = with_orthoreg(tp.pruner.BasePruner)
     grouped = wrapped(*with_gradients("grouped"), FusedMagnitudeImportance())
