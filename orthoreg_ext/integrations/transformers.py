@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 
 from ..attachment import Attachment
 from ..regularizer import OrthoRegularizer
@@ -89,6 +90,7 @@ class OrthoRegCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds the term to the gradients, which are accumulated, unscaled and clipped."""
         assert self._attachment is not None
+        _unscale(kwargs["optimizer"])
         self._attachment.add()
 
     def state(self) -> dict[str, Any]:
@@ -128,6 +130,19 @@ class OrthoRegCallback(TrainerCallback, ExportableState):
                 f"{'FSDP' if any(whole) else 'DeepSpeed'} gives a process only a part of each "
                 "weight, but the penalty is of whole filters: train with DDP or on one device"
             )
+
+
+def _unscale(optimizer: Any) -> None:
+    """Unscales the gradients; older Trainers leave that to the step where they do not clip.
+
+    Args:
+        optimizer: Accelerate's, which holds the loss scaler if there is one.
+    """
+    scaler: torch.amp.GradScaler | None = getattr(optimizer, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return
+    if scaler._per_optimizer_states[id(optimizer.optimizer)]["stage"] is OptState.READY:
+        scaler.unscale_(optimizer.optimizer)
 
 
 def _as_list(entries: Any) -> list[dict[str, Any]]:
