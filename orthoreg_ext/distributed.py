@@ -162,7 +162,8 @@ def together(doing: str) -> Iterator[list[Any]]:
     Raises:
         RuntimeError: it failed on another rank; that rank raises its own error.
     """
-    group, notes = current(), []  # type: tuple[Group | None, list[Any]]
+    group = current()
+    notes: list[Any] = []
     if group is None:
         yield notes
         return

@@ -119,8 +119,9 @@ class Term:
             bias = layer.bias if self.with_bias[i] else None
             mine = self._owns_weight(i, parameters)
             weights.append(layer.weight if mine else layer.weight.detach())
-            kept = bias is None or id(layer.own_bias) in parameters
-            biases.append(bias if kept or bias is None else bias.detach())
+            if bias is not None and id(layer.own_bias) not in parameters:
+                bias = bias.detach()
+            biases.append(bias)
         groups = [self.layers[i].groups for i in indices]
         taken = {name: [of[i] for i in indices] for name, of in self.by_layer.items()}
         return {"weights": weights, "biases": biases, "groups": groups, **self.common, **taken}

@@ -311,6 +311,24 @@ def check_group_fisher_method(rank: int, ranks: int) -> None:
     assert_as_one(run(rank, ranks), alone(run, 0, 1))
 
 
+def check_a_pruner_of_torch_pruning_that_regularizes(rank: int, ranks: int) -> None:
+    """After DDP has averaged: with shard=True, too, each rank gets the whole gradient."""
+    import torch_pruning as tp
+
+    from orthoreg_ext.integrations.torch_pruning import with_orthoreg
+
+    model, single = plain_net(), plain_net()
+    for net, shard in ((model, True), (single, False)):
+        pruner = with_orthoreg(tp.pruner.BasePruner, shard=shard)
+        made = pruner(net, EXAMPLE, tp.importance.MagnitudeImportance())
+        made.regularize(net, None)
+        for parameter in net.parameters():
+            if parameter.grad is not None:
+                parameter.data.sub_(parameter.grad)
+    nets.assert_close(model, single)
+    nets.assert_same_on_all_ranks(list(model.parameters()))
+
+
 def wrapped(model: nn.Module, ranks: int) -> nn.Module:
     return model if ranks == 1 else DistributedDataParallel(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_costs_are_those_of_gram_matrix_and_gradient() -> None:
     assert costs("so", side="rows") == [8 * 28 * 8, 16 * 8 * 16, 2 * 4 * 2]
     assert costs("srip") == [8 * 28, 16 * 8, 2 * 4]  # no Gram matrix
     assert costs("ocnn") == [8 * 27 * 8 * 25, 16 * 8 * 16, 2 * 4 * 2]  # 5 x 5 shifts
+
+
+@pytest.mark.parametrize("penalty", ["orthoreg", "srip", "ocnn"])
+def test_two_ranks_have_half_the_work_of_a_network_each(penalty: str) -> None:
+    widths = [8] * 4 + [16] * 4 + [32] * 4 + [64] * 4  # those of a ResNet-18, an eighth of them
+    layers = [nn.Conv2d(i, o, 3) for i, o in pairwise([3, *widths])]
+    reg = ox.OrthoRegularizer(nn.Sequential(*layers), penalty)
+    costs = [cost for term in reg._plan.terms for cost in term.costs]
+    owners = deal(costs, 2)
+    first = sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == 0)
+    assert 0.49 < first / sum(costs) < 0.51
 
 
 def test_a_buffer_keeps_shapes_types_and_memory_order() -> None:
