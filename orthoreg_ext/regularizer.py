@@ -13,24 +13,11 @@ from torch import Tensor, nn
 
 from . import functional
 from .arguments import is_factor
-from .attachment import (
-    Attachment,
-    PreparedTerms,
-    check_hooks,
-    parameters_of,
-    refuse_gathered,
-)
+from .attachment import Attachment, PreparedTerms, check_hooks, parameters_of, refuse_gathered
 from .diagnostics import LayerReport, Report, layer_reports
 from .distributed import Group, check_group, check_sharing, unwrapped
 from .errors import choose
-from .plan import (
-    LayerWeights,
-    ModelState,
-    Plan,
-    Selection,
-    Selector,
-    Term,
-)
+from .plan import LayerWeights, ModelState, Plan, Selection, Selector, Term
 from .schedules import Stateful
 from .settings import check_numbers, check_penalty
 from .sharing import Shares, shared_total, weighted_sum

@@ -72,7 +72,7 @@ class FusedMagnitudeImportance(FusedImportance):
         ValueError: an argument is unknown or out of range.
     """
 
-    HANDLERS: ClassVar[tuple[Any, ...]] = (*OUT, *IN, *BATCHNORM, *LAYERNORM)
+    HANDLERS: tuple[Any, ...] = (*OUT, *IN, *BATCHNORM, *LAYERNORM)
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class FusedTaylorImportance(FusedImportance):
         ValueError: an argument is unknown.
     """
 
-    HANDLERS: ClassVar[tuple[Any, ...]] = (*OUT, *IN, *GROUPNORM, *LAYERNORM)
+    HANDLERS: tuple[Any, ...] = (*OUT, *IN, *GROUPNORM, *LAYERNORM)
     SLOPES: ClassVar[bool] = True
 
     def __init__(
@@ -143,7 +143,7 @@ class FusedTaylorImportance(FusedImportance):
         super().__init__(group_reduction, normalizer, bias, target_types)
         self.multivariable = multivariable
         if batchnorm:
-            self.HANDLERS = (*self.HANDLERS, *BATCHNORM)  # type: ignore[misc]
+            self.HANDLERS = (*self.HANDLERS, *BATCHNORM)
 
     def _sums(
         self, tensors: list[Tensor], slopes: list[Tensor] | None, groups: list[int]
@@ -178,7 +178,7 @@ class OrthoRegImportance(FusedImportance):
         ValueError: an argument is unknown.
     """
 
-    HANDLERS: ClassVar[tuple[Any, ...]] = (*OUT, *DEPTHWISE)
+    HANDLERS: tuple[Any, ...] = (*OUT, *DEPTHWISE)
     TYPES: ClassVar[tuple[type[nn.Module], ...]] = (_ConvNd, nn.Linear)
     SLOPES: ClassVar[bool] = True
 
@@ -193,7 +193,7 @@ class OrthoRegImportance(FusedImportance):
 
     def _pass(self, layers: list[nn.Module]) -> list[LayerScores]:
         filters = [filters_of(layer) for layer in layers]
-        biases = [(*self._parameters(layer), None)[1] for layer in layers]
+        biases = [self._bias(layer) for layer in layers]
         has_bias = any(bias is not None for bias in biases)
         scores = functional.filter_scores(
             [rows.weight for rows in filters],
@@ -231,7 +231,7 @@ class VarietyImportance(FusedImportance):
         ValueError: an argument is unknown or out of range.
     """
 
-    HANDLERS: ClassVar[tuple[Any, ...]] = OUT
+    HANDLERS: tuple[Any, ...] = OUT
     TYPES: ClassVar[tuple[type[nn.Module], ...]] = (_ConvNd, nn.Linear)
 
     def __init__(

@@ -46,7 +46,7 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
     a group that is all zeros stay 0 where there the normalizer gives NaN.
     """
 
-    HANDLERS: ClassVar[tuple[Any, ...]] = ()  # the sides of layers that count
+    HANDLERS: tuple[Any, ...] = ()  # the sides of layers that count
     TYPES: ClassVar[tuple[type[nn.Module], ...]] = (_ConvNd, nn.Linear, _BatchNorm, nn.LayerNorm)
     SLOPES: ClassVar[bool] = False  # whether gradients count
 
@@ -141,12 +141,15 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
             and self._cache.get(layer, self._tensors(layer)) is None
         ]
 
+    def _bias(self, layer: nn.Module) -> Tensor | None:
+        """The bias, where it counts and, if gradients do, has one."""
+        bias: Tensor | None = getattr(layer, "bias", None) if self.bias else None
+        return None if bias is None or (self.SLOPES and bias.grad is None) else bias
+
     def _parameters(self, layer: Any) -> list[Tensor]:
-        """The weight, and the bias where it counts and, if gradients do, has one."""
-        bias = getattr(layer, "bias", None) if self.bias else None
-        if bias is None or (self.SLOPES and bias.grad is None):
-            return [layer.weight]
-        return [layer.weight, bias]
+        """The weight, and the bias where it counts."""
+        bias = self._bias(layer)
+        return [layer.weight] if bias is None else [layer.weight, bias]
 
     def _tensors(self, layer: nn.Module) -> Iterable[Tensor]:
         """All that the scores of a layer are computed from."""
@@ -182,7 +185,7 @@ class FusedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[m
         found = []
         for layer in layers:
             outputs, inputs = next(rows)
-            bias = next(rows)[0] if len(self._parameters(layer)) > 1 else None
+            bias = None if self._bias(layer) is None else next(rows)[0]
             if layer_kind(layer) == "transposed":
                 outputs, inputs = inputs, outputs
             elif isinstance(layer, _ConvNd):
