@@ -342,7 +342,7 @@ def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | Non
 
 
 def _no_data() -> ValueError:
-    return ValueError("data is empty: pass at least one (input, target) batch to score by gradient")
+    return ValueError("data is empty: pass at least one (input, target) batch")
 
 
 def _batch_size(inputs: Any, target: Any, index: int) -> int:

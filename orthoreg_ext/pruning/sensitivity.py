@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..distributed import current, sum_over_ranks, together
+from ..distributed import current, sum_over_ranks
 from . import checks
-from .calibration import Loss, check_data
+from .calibration import Loss, batches, check_data, one_pass
 from .engine import Engine
-from .inputs import call, device_of, tensors_in, to_device, undisturbed
+from .inputs import call, device_of, undisturbed
 from .rules import Rules
 from .schedule import check_ratio
 from .scores import Criterion
@@ -205,23 +205,17 @@ def _check_ratios(ratios: Sequence[float]) -> tuple[float, ...]:
 
 
 def _mean_loss(model: nn.Module, data: Iterable[Any], loss: Loss | None) -> float:
-    """The mean over all samples, batches weighted by their size."""
-    device, total, samples = device_of(model), 0.0, 0
-    with together("measuring the loss"):
-        for i, batch in enumerate(data):
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                got = type(batch).__name__
-                raise ValueError(f"data: batch {i} is a {got}, expected a pair (input, target)")
-            inputs, target = to_device(batch[0], device), to_device(batch[1], device)
-            value = (loss or functional.cross_entropy)(call(model, inputs), target)
-            size = next(t.shape[0] for t in tensors_in((target, inputs)) if t.dim() > 0)
-            total, samples = total + float(value) * size, samples + size
+    """The mean over the samples of all ranks, batches weighted by their size."""
+    total = 0.0
+    with one_pass("measuring the loss") as seen:
+        for batch in batches(model, data, seen):
+            value = (loss or functional.cross_entropy)(call(model, batch.inputs), batch.target)
+            total += float(value) * batch.size
+    samples: float = seen.samples
     if current() is not None:
-        sums = torch.tensor([total, samples], dtype=torch.float64).to(device)
+        sums = torch.tensor([total, samples], dtype=torch.float64).to(device_of(model))
         sum_over_ranks([sums])
         total, samples = sums.tolist()
-    if not samples:
-        raise ValueError("data is empty: pass at least one (input, target) batch")
     return total / samples
 
 

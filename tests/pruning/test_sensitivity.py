@@ -166,6 +166,11 @@ def test_a_failing_metric_takes_the_cut_back(x: Tensor) -> None:
         ({"data": iter(batches())}, ValueError, "can be read once"),
         ({"data": []}, ValueError, "data is empty"),
         ({"data": [torch.ones(2, 3, 8, 8)]}, ValueError, "batch 0 is a Tensor, expected a pair"),
+        (
+            {"data": [(torch.ones(0, 3, 8, 8), torch.ones(0).long())]},
+            ValueError,
+            "batch 0 has no samples",
+        ),
         ({"evaluate": lambda m: float("nan")}, ValueError, r"NaN \(the model as it is\)"),
         ({"data": batches(), "criterion": "l3"}, ValueError, "unknown criterion 'l3'"),
     ],
