@@ -35,7 +35,7 @@ def check_data(data: object, rounds: int) -> None:
             f"data is a {type(data).__name__}, which can be read once, but {rounds} rounds score "
             "anew; pass a list of batches or a DataLoader"
         )
-    if isinstance(data, Sized) and len(data) == 0 and current() is None:
+    if current() is None and _is_empty(data):
         raise _no_data()
 
 
@@ -339,6 +339,14 @@ def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | Non
     if not value.requires_grad:
         return [None] * len(leaves)
     return torch.autograd.grad(value, leaves, allow_unused=True)
+
+
+def _is_empty(data: Iterable[Any]) -> bool:
+    """Whether it says so; a DataLoader of an IterableDataset has a length that it cannot give."""
+    try:
+        return isinstance(data, Sized) and len(data) == 0
+    except (TypeError, NotImplementedError):
+        return False
 
 
 def _no_data() -> ValueError:

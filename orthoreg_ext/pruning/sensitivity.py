@@ -158,8 +158,9 @@ def sensitivity(
 
     def measure(where: str) -> float:
         with undisturbed(model), torch.no_grad():
-            value = _mean_loss(model, data or (), loss) if evaluate is None else evaluate(model)
-        return _number(value, where)
+            if evaluate is not None:
+                return _number(evaluate(model), where)
+            return _number(_mean_loss(model, () if data is None else data, loss), where)
 
     scores = engine.score(data, loss)
     pools = engine.pools(scores)

@@ -188,3 +188,19 @@ def test_a_metric_that_becomes_nan_names_the_cut() -> None:
 
     with pytest.raises(ValueError, match=r"NaN \(10 of 20 units of 'fc1' cut\)"):
         sensitivity(MLP(), torch.ones(1, 12), evaluate=evaluate, ratios=(0.5,), criterion="l1")
+
+
+def test_a_loader_of_a_stream_has_no_length_and_is_read(x: Tensor) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (
+                pair for images, labels in batches() for pair in zip(images, labels, strict=True)
+            )
+
+    model, loader = randomised(VGG()), torch.utils.data.DataLoader(Stream(), batch_size=4)
+    table = sensitivity(model, x, loader, ratios=(0.5,), criterion="l1")
+    assert table.baseline == pytest.approx(loss_of(model, batches()), rel=1e-6)
+    streamed, listed = (
+        prune(copy.deepcopy(model), x, data=data, ratio=0.5) for data in (loader, batches())
+    )
+    assert streamed.history == listed.history
