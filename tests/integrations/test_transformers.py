@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -340,6 +342,18 @@ def test_what_cannot_work_is_refused(hf: ModuleType) -> None:
         begin(model, deepspeed="zero3.json")
     with pytest.raises(ValueError, match="FSDP gives a process only a part"):
         begin(type("FullyShardedDataParallel", (nn.Sequential,), {})(model))
+
+
+def test_copies_are_attached_to_nothing(hf: ModuleType) -> None:
+    model, callback = make_model(hf), make_callback("so", STRENGTH, name="mine", every=2)
+    state = SimpleNamespace(global_step=0, stateful_callbacks={})
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    callback.on_train_begin(SimpleNamespace(), state, None, model=model, optimizer=optimizer)
+    callback.on_pre_optimizer_step(None, state, None, model=model, optimizer=optimizer)
+    for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert (twin.name, twin.options) == (callback.name, callback.options)
+        assert twin.regularizer is None
+    assert callback.regularizer.state_dict()["attached_steps"] == [1]
 
 
 def test_example_runs_and_changes_two_lines(
