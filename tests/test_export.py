@@ -160,6 +160,8 @@ def test_a_full_disk_leaves_the_old_file(
         (["RUNS/own", "--weights=x.pt"], 2, "is a folder with weights; leave --weights out"),
         (["RUNS/own", "--input-shape=3,8,8"], 2, "is a checkpoint of another architecture"),
         (["vgg", "--image-size=0"], 2, "--image-size is 0; expected a number of at least 1"),
+        (["vgg", "--num-classes=0"], 2, "--num-classes is 0; expected a number of at least 1"),
+        (["vgg", "--out=/proc/orthoreg"], 2, "--out '/proc/orthoreg' cannot be created"),
         (["vgg", "--batch=0"], 2, "--batch is 0; expected a number of at least 1"),
         (["vgg", "--seconds=-1"], 2, "--seconds is -1.0; expected 0 or a positive number"),
         (["--json", "vgg"], 2, "'vgg' is no file; write --json last, or --json=-"),
@@ -223,6 +225,7 @@ def test_replay_says_that_the_network_does_what_it_did(
     [
         ("weights", 2, "is damaged or belongs to another history"),
         ("program", 1, "the files do not belong together"),
+        ("torn", 2, "model.pt2' is damaged, or of another torch"),
         ("accuracy", 1, "but its run recorded"),
         ("factory", 2, "is a checkpoint of another architecture"),
         ("data", 0, ""),
@@ -242,6 +245,8 @@ def test_replay_notices_what_is_not_as_it_was(
     elif change == "program":
         cli.main(["export", "exported_nets:build", "--format=pt2", "--out=new", "--seconds=0"])
         (folder / "model.pt2").write_bytes(Path("new/model.pt2").read_bytes())
+    elif change == "torn":
+        (folder / "model.pt2").write_bytes(b"PK")
     elif change == "accuracy":
         arm = next(arm for arm in history["run"]["arms"] if arm["regularised"])
         arm["epochs"][-1]["accuracy"] += 1.0
