@@ -295,7 +295,7 @@ def check_fisher(layers: Layers, fisher: Sequence[Tensor]) -> list[Tensor]:
     first: dict[int, int] = {}
     for i, (tensor, weight) in enumerate(zip(fisher, layers.weights, strict=True)):
         held = check_tensor(f"fisher[{i}]", tensor, 1)
-        if tensor._is_zerotensor():
+        if not torch.compiler.is_compiling() and tensor._is_zerotensor():
             raise ValueError(f"fisher[{i}] is a zero tensor without memory: clone it")
         wide = compute_dtype(weight.dtype)
         if tensor.dtype != wide:

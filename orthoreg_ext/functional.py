@@ -9,7 +9,7 @@ in float32, also under autocast. What torch.func transforms runs in plain PyTorc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -275,7 +275,9 @@ def add_gram_penalty_grad_(
     if not isinstance(strength, (Real, Tensor)):
         raise TypeError(f"strength must be a number or a tensor, got {type(strength).__name__}")
     check_taken(row, num_groups=num_groups, strides=strides, vectors=vectors)
-    original = weights if isinstance(weights, Tensor) else list(weights)
+    if isinstance(weights, Tensor) or not isinstance(weights, Iterable):
+        check_layers(weights, biases, groups)  # which refuses it
+    original = list(weights)
     layers = check_layers(original, biases, groups)
     if not layers.weights:
         return torch.zeros(0)

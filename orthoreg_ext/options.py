@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from .arguments import Layers, is_count
@@ -140,7 +141,7 @@ def _check_vectors(vectors: Sequence[Tensor], layers: Layers, sides: Sides) -> l
     for i, (vector, weight) in enumerate(zip(vectors, layers.weights, strict=True)):
         m = layers.fan_in(i) if sides.columns[i] else layers.filters(i)
         expected = (layers.groups[i], m)
-        if not isinstance(vector, Tensor):
+        if not isinstance(vector, Tensor) or vector.layout is not torch.strided:
             raise TypeError(f"vectors[{i}] must be a tensor {list(expected)}")
         wide = compute_dtype(weight.dtype)
         if vector.shape != expected or vector.dtype != wide or vector.device != weight.device:

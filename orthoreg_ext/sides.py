@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from operator import index
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -75,6 +76,13 @@ def choose_sides(
     return Sides(columns, offsets, dropped)
 
 
+def _is_plain(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor that is neither sparse nor nested."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    return torch.compiler.is_compiling() or not value.is_nested
+
+
 def check_pruned(
     layers: Layers, pruned: Sequence[Tensor | None] | None, penalty: Row
 ) -> list[Tensor]:  # each bool [n] or empty
@@ -103,7 +111,7 @@ def check_pruned(
         if mask is None:
             masks.append(weight.new_empty(0, dtype=torch.bool))
             continue
-        if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.int64):
+        if not _is_plain(mask) or mask.dtype not in (torch.bool, torch.int64):
             raise TypeError(
                 f"pruned[{i}] must be a bool mask [{weight.shape[0]}] or an int64 tensor of indices"
             )
@@ -160,7 +168,7 @@ def check_targets(
             if not abs(target) <= torch.finfo(wide).max:
                 raise ValueError(f"targets[{i}] is {target!r}, expected a finite number of {wide}")
             found.append(weight.new_full((weight.shape[0],), float(target), dtype=wide))
-        elif not isinstance(target, Tensor) or target.dtype not in DTYPES:
+        elif not _is_plain(target) or target.dtype not in DTYPES:
             raise TypeError(f"targets[{i}] must be a number or a real tensor [{weight.shape[0]}]")
         elif target.shape != weight.shape[:1] or target.device != weight.device:
             raise ValueError(
