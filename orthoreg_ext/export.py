@@ -176,6 +176,8 @@ def _make_onnx(program: torch.export.ExportedProgram) -> tuple[bytes, Runner]:
         ),
         "ONNX",
     )
+    if hasattr(made, "rename_axes"):  # of late; a symbol such as s77 tells nobody what it is
+        made.rename_axes({made.model.graph.inputs[0].shape[0]: "batch"})
     try:
         content: bytes = made.model_proto.SerializeToString()
     except Exception as error:
