@@ -96,7 +96,7 @@ def export(
     program = _quietly(lambda: exported(model, subject.example(2)), "torch.export")
     made = {name: _MAKERS[name](program) for name in wanted}
     checks = {name: _check(name, run, inputs, expected) for name, (_, run) in made.items()}
-    out.mkdir(parents=True, exist_ok=True)
+    _create(out)
     for name, (content, _) in made.items():
         write_atomic(out / FILES[name], content, REMEDY)
     return {
@@ -136,12 +136,29 @@ def _check_out(out: Path, names: Sequence[str], overwrite: bool) -> None:
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK):
         raise ValueError(f"--out {str(out)!r} cannot be written; choose a folder you may write")
+    if parent != out:
+        _create(out, keep=False)
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
         raise ValueError(
             f"--out {str(out)!r} has a {there[0]} already; pass --overwrite to replace it, or "
             "choose another --out"
         )
+
+
+def _create(out: Path, *, keep: bool = True) -> None:
+    """Creates the folder, or tries whether that can be done."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for folder in missing if not keep else ():
+            folder.rmdir()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"--out {str(out)!r} cannot be created ({error.strerror}); choose a folder you may "
+            "write",
+        ) from error
 
 
 def _make_pt2(program: torch.export.ExportedProgram) -> tuple[bytes, Runner]:
@@ -159,6 +176,8 @@ def _make_onnx(program: torch.export.ExportedProgram) -> tuple[bytes, Runner]:
         ),
         "ONNX",
     )
+    if hasattr(made, "rename_axes"):  # of late; a symbol such as s77 tells nobody what it is
+        made.rename_axes({made.model.graph.inputs[0].shape[0]: "batch"})
     try:
         content: bytes = made.model_proto.SerializeToString()
     except Exception as error:
@@ -283,11 +302,21 @@ def _quietly(work: Callable[[], Any], what: str) -> Any:
         except (torch.OutOfMemoryError, KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            cause: BaseException = error
+            while what == "ONNX" and cause.__cause__ is not None:  # the outer ones tell of steps
+                cause = cause.__cause__
+            reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
             raise RuntimeError(
-                f"the network cannot be exported by {what} ({reason}); it must be one that "
-                "torch.export traces: its forward makes no choices that depend on the inputs"
+                f"the network cannot be exported by {what} ({reason}); {_REMEDIES[what]}; nothing "
+                "was written"
             ) from error
+
+
+_REMEDIES = {
+    "torch.export": "it must be one that torch.export traces: its forward makes no choices that "
+    "depend on the inputs",
+    "ONNX": "replace that operation in the network, or choose --format pt2",
+}
 
 
 @contextmanager

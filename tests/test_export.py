@@ -99,6 +99,9 @@ def test_a_pruned_run_becomes_checked_files(
     x = torch.randn(5, 1, 8, 8)
     pruning.replay(model, x, pruned / "own").eval()
     session = onnxruntime.InferenceSession("out/model.onnx")
+    if hasattr(torch.onnx.ONNXProgram, "rename_axes"):
+        assert session.get_inputs()[0].shape == ["batch", 1, 8, 8]
+        assert session.get_outputs()[0].shape == ["batch", 10]
     (y,) = session.run(None, {"input": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-4, atol=1e-5)
     program = torch.export.load("out/model.pt2").module()
@@ -160,6 +163,8 @@ def test_a_full_disk_leaves_the_old_file(
         (["RUNS/own", "--weights=x.pt"], 2, "is a folder with weights; leave --weights out"),
         (["RUNS/own", "--input-shape=3,8,8"], 2, "is a checkpoint of another architecture"),
         (["vgg", "--image-size=0"], 2, "--image-size is 0; expected a number of at least 1"),
+        (["vgg", "--num-classes=0"], 2, "--num-classes is 0; expected a number of at least 1"),
+        (["vgg", "--out=/proc/orthoreg"], 2, "--out '/proc/orthoreg' cannot be created"),
         (["vgg", "--batch=0"], 2, "--batch is 0; expected a number of at least 1"),
         (["vgg", "--seconds=-1"], 2, "--seconds is -1.0; expected 0 or a positive number"),
         (["--json", "vgg"], 2, "'vgg' is no file; write --json last, or --json=-"),
@@ -223,6 +228,7 @@ def test_replay_says_that_the_network_does_what_it_did(
     [
         ("weights", 2, "is damaged or belongs to another history"),
         ("program", 1, "the files do not belong together"),
+        ("torn", 2, "model.pt2' is damaged, or of another torch"),
         ("accuracy", 1, "but its run recorded"),
         ("factory", 2, "is a checkpoint of another architecture"),
         ("data", 0, ""),
@@ -242,6 +248,8 @@ def test_replay_notices_what_is_not_as_it_was(
     elif change == "program":
         cli.main(["export", "exported_nets:build", "--format=pt2", "--out=new", "--seconds=0"])
         (folder / "model.pt2").write_bytes(Path("new/model.pt2").read_bytes())
+    elif change == "torn":
+        (folder / "model.pt2").write_bytes(b"PK")
     elif change == "accuracy":
         arm = next(arm for arm in history["run"]["arms"] if arm["regularised"])
         arm["epochs"][-1]["accuracy"] += 1.0

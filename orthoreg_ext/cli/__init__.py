@@ -62,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _text(error: Exception, lack: str) -> str:
     """What an error says, without the number that OSError puts in front."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        whose = "the GPU's memory" if isinstance(error, RuntimeError) else "the memory"
+    on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    if on_host or isinstance(error, torch.OutOfMemoryError):
+        whose = "the memory" if on_host else "the GPU's memory"
         return f"{whose} {lack or 'does not suffice'}"
     if not isinstance(error, OSError) or not error.strerror:
         return str(error) or type(error).__name__

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backend import ENVIRONMENT, namespace_for
 from ..build_info import build_info
 from .extras import require
-from .outputs import exported
+from .outputs import exported, max_difference
 
 PACKAGES = ("safetensors.torch", "torch_pruning")
 
@@ -48,16 +48,16 @@ def check_backend(device: str) -> None:
 
 
 def check_export(model: nn.Module, images: Tensor) -> None:
-    """Exports a network without what torch prints and logs where that fails.
+    """Exports a network without what torch prints and logs where that fails, and compares them.
 
     Raises:
-        RuntimeError: It cannot be exported.
+        RuntimeError: It cannot be exported, or does not answer the same twice.
     """
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            exported(model, images)
+            max_difference(exported(model, images), model, images)
     finally:
         logging.disable(level)
 

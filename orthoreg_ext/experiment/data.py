@@ -136,7 +136,7 @@ def load_dataset(
         raise ValueError(f"data {source!r} is neither a folder nor an .npz file")
     else:
         error = unknown_name("data", source, [*LOADERS, "DIR", "file.npz"])
-        raise ValueError(f"{error}; there is no such folder or file either")
+        raise ValueError(f"{error} There is no such folder or file either.")
     return _dataset(source, raw, image_size, channels)
 
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 _CHECKPOINT = r"weights\.safetensors|history\.json"  # its files, in a folder until they are whole
 
@@ -68,23 +74,54 @@ def check_folder(folder: Path, *, resume: bool, state_name: str) -> None:
         )
 
 
-def create_folder(folder: Path) -> None:
-    """Creates the output folder; removes what a process that was killed left half-written.
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Creates the output folder and keeps it to this process, however that ends.
+
+    What a process that was killed left half-written is removed.
 
     Raises:
         OSError: It cannot be created.
+        ValueError: Another process owns it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for entry in folder.iterdir():
-            if _is_leftover(entry):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"--out {str(folder)!r} cannot be created ({error.strerror}); choose a folder you may "
-            "write",
+        raise _not_created(folder, error) from error
+    try:
+        _lock(descriptor, folder)
+        try:
+            for entry in folder.iterdir():
+                if _is_leftover(entry):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except OSError as error:
+            raise _not_created(folder, error) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"--out {str(folder)!r} is in use: another orthoreg prune works in it; wait for it, or "
+            "choose another --out"
         ) from error
+    except OSError:  # some network file systems know no locks
+        return
+
+
+def _not_created(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"--out {str(folder)!r} cannot be created ({error.strerror}); choose a folder you may "
+        "write",
+    )
 
 
 def _is_leftover(entry: Path) -> bool:

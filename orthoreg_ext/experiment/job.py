@@ -27,7 +27,7 @@ from ..report.scores import ScoreRecorder
 from . import measure
 from .checks import check_backend, check_export, check_packages, refusing
 from .data import Dataset, load_dataset
-from .files import check_folder, create_folder
+from .files import check_folder, owned
 from .models import build_model
 from .outputs import OUTPUTS, write_outputs
 from .progress import Show, cut_line, epoch_line
@@ -297,7 +297,8 @@ def run(
         given: The settings (:class:`Settings`) that differ from the defaults; to continue a run,
             none or the same as then.
         out: The folder for the results and the state.
-        resume: Continue the run stored in ``out``; begin if nothing is stored there.
+        resume: Continue the run stored in ``out``; begin if nothing is stored there and settings
+            are given.
         screen: Shows the progress.
 
     Returns:
@@ -313,6 +314,11 @@ def run(
     tensors: dict[str, Tensor] = {}
     check_folder(out, resume=resume, state_name=STATE_NAME)
     record: Run | None = None
+    if resume and not given and not state.exists():
+        raise ValueError(
+            f"--out {str(out)!r} holds no run to continue; check its name, or give the settings of "
+            "the run, too: it was stopped before it began"
+        )
     if resume and state.exists():
         stored, tensors = load_state(state)
         record = Run.from_json(stored)
@@ -341,15 +347,16 @@ def run(
                 f"{what} changed since the run began: it cannot be continued; "
                 "start again with another --out"
             )
-        create_folder(out)
-        if record is None:
-            job.save()
-        arms = job.run.arms
-        with deterministic(settings.device):
-            with screen(len(arms) * len(job.steps), sum(arm.done for arm in arms)) as show:
-                job.execute(show)
-            job.finish()
-        return job.run
+        with owned(out):
+            if record is None:
+                check_folder(out, resume=False, state_name=STATE_NAME)  # nobody else began one
+                job.save()
+            arms = job.run.arms
+            with deterministic(settings.device):
+                with screen(len(arms) * len(job.steps), sum(arm.done for arm in arms)) as show:
+                    job.execute(show)
+                job.finish()
+            return job.run
     finally:
         torch.set_num_threads(threads)
 

@@ -140,7 +140,7 @@ def versions(device: str, model: str = "") -> dict[str, str]:
 def _installed(name: str) -> str:
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # no name at all
         return ""
 
 

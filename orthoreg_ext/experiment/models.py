@@ -123,9 +123,11 @@ def model_factory(name: str) -> Callable[..., nn.Module]:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (ModuleNotFoundError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever someone's module does
         raise ValueError(
-            f"model {name!r}: cannot import {module_name!r} ({error}); "
+            f"model {name!r}: cannot import {module_name!r} ({_reason(error)}); "
             "give a module that Python finds from here, as pkg.module:factory"
         ) from error
     factory = getattr(module, attribute, None)
@@ -174,6 +176,13 @@ def build_model(
             + (" and ".join(k for k in offered) or "no argument")
             + (" where it takes them, and with nothing else" if offered else ": name one so")
         ) from error
+    except (MemoryError, torch.OutOfMemoryError, ImportError):
+        raise
+    except (Exception, SystemExit) as error:  # whatever someone's factory does
+        raise ValueError(
+            f"model {name!r} cannot be built ({_reason(error)}); its factory raised it when called "
+            f"with {', '.join(f'{k}={v!r}' for k, v in taken.items()) or 'no argument'}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"model {name!r} returned {type(model).__name__}; expected a torch.nn.Module: name a "
@@ -182,6 +191,13 @@ def build_model(
     if image_shape is not None:
         check_forward(name, model, image_shape, num_classes)
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """The error by its type, too, where its text alone says little."""
+    if isinstance(error, (ModuleNotFoundError, SyntaxError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def _signature(factory: Callable[..., object]) -> inspect.Signature | None:

@@ -88,7 +88,11 @@ def load(request: Request, *, runs: bool = False) -> Subject:
         ValueError: The model, the data or the weights cannot be used; the text names the option.
         ImportError: An optional package is missing.
     """
-    if request.model not in MODELS and Path(request.model).is_dir():
+    if not 0 <= request.seed < 2**63:
+        raise ValueError(f"--seed is {request.seed}; expected a number from 0 to 2**63 - 1")
+    if request.num_classes is not None and request.num_classes < 1:
+        raise ValueError(f"--num-classes is {request.num_classes}; expected a number of at least 1")
+    if request.model not in MODELS and request.model and Path(request.model).is_dir():
         request = _of_folder(request)
     run = _run_of(request.weights)
     no_data = ""

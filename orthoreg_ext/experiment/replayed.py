@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..pruning import PruneResult, count
 from ..pruning.counts import widths
@@ -104,8 +105,7 @@ def replayed(folder: Path, request: Request) -> Replayed:
             )
     difference = None
     if (folder / "model.pt2").is_file():
-        with torch.no_grad():
-            y = torch.export.load(folder / "model.pt2").module()(inputs)
+        y = _answer(folder / "model.pt2", inputs)
         difference = float((y - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
         if not difference <= TOLERANCE:
             raise RuntimeError(
@@ -114,6 +114,24 @@ def replayed(folder: Path, request: Request) -> Replayed:
                 "together"
             )
     return Replayed(subject, _result(subject), found, recorded, difference)
+
+
+def _answer(path: Path, inputs: Tensor) -> Tensor:
+    """What an exported program returns for ``inputs``, [batch, channels, height, width]."""
+    from ..export import silence
+
+    try:
+        with silence(), torch.no_grad():
+            y: Tensor = torch.export.load(path).module()(inputs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of zipfile, of JSON, of pickle, of the program itself
+        raise ValueError(
+            f"{str(path)!r} is damaged, or of another torch "
+            f"({str(error).partition(chr(10))[0] or type(error).__name__}); remove it, the weights "
+            "are whole, or write it again with orthoreg export"
+        ) from error
+    return y
 
 
 def _recorded(subject: Subject) -> float | None:

@@ -113,7 +113,8 @@ class Settings:
         tunable = f"no larger than --finetune-epochs ({self.finetune_epochs}): every cut is tuned"
         _expect("rounds", self.rounds, self.rounds <= self.finetune_epochs, tunable)
         _expect("batch_size", self.batch_size, self.batch_size >= 2, "of at least 2 (BatchNorm)")
-        _expect("seed", self.seed, self.seed >= 0, "of at least 0")
+        last = self.seed + self.seeds - 1
+        _expect("seed", self.seed, self.seed >= 0 and last < 2**63, "from 0 to 2**63 - --seeds")
         _expect("threads", self.threads, self.threads >= 1, "of at least 1")
         for name in ("lr", "finetune_lr"):
             _expect(name, getattr(self, name), getattr(self, name) > 0, "above 0")

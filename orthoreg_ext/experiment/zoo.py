@@ -85,7 +85,7 @@ def package_factory(package: str, name: str) -> Callable[..., nn.Module]:
     names = module.models.list_models(module=module.models) if torchvision else module.list_models()
     if name.partition(".")[0] not in names:  # timm: model.weights
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is like it"
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is like it."
         raise ValueError(
             f"{package} has no model {name!r} for images; {hint} All {len(names)}: "
             f"{'torchvision.models' if torchvision else 'timm'}.list_models()"

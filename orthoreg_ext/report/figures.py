@@ -189,9 +189,23 @@ def _layer_bars(rows: Mapping[str, Sequence[Bar]], what: str, highest: float, di
 
 
 def _row_name(name: str, most: int, down: float, tip: str = "") -> str:
-    """The name of a row, its end if it is too long; whole under the pointer."""
-    shown = name if len(name) <= most else f"…{name[1 - most :]}"
-    return f"<g><title>{escape(tip or name)}</title>{label(0, down, shown)}</g>"
+    """The name of a row, shortened if it is too long; whole under the pointer."""
+    return f"<g><title>{escape(tip or name)}</title>{label(0, down, shortened(name, most))}</g>"
+
+
+def shortened(name: str, most: int) -> str:
+    """A layer's name in that many characters, still another than its siblings' in other blocks."""
+    *parents, last = name.split(".")
+    for place, parent in enumerate(parents):  # blocks.2.1.se.conv -> b.2.1.se.conv
+        if len(name) <= most:
+            return name
+        parents[place] = parent if parent.isdigit() else parent[:1]
+        name = ".".join([*parents, last])
+    if len(name) <= most:
+        return name
+    if len(name) - len(last) + 5 <= most:  # there is room for some of its last part
+        return f"{name[: most - 1]}…"
+    return f"…{name[1 - most :]}"
 
 
 def heat_maps(found: Mapping[str, Tensor], caption: str) -> str:

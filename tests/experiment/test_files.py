@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orthoreg_ext.experiment.files import check_folder, create_folder
+from orthoreg_ext.experiment.files import check_folder, owned
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
@@ -12,7 +12,8 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> N
     (tmp_path / ".orthoreg-ab12_xyz" / "weights.safetensors").write_text("half")
     (tmp_path / ".state.safetensors.4711.tmp").write_text("half")
     check_folder(tmp_path, resume=False, state_name="state.safetensors")
-    create_folder(tmp_path)
+    with owned(tmp_path):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -26,5 +27,18 @@ def test_what_only_looks_like_it_is_somebody_elses(name: str, tmp_path: Path) ->
         mine.write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
         check_folder(tmp_path, resume=True, state_name="state.safetensors")
-    create_folder(tmp_path)
+    with owned(tmp_path):
+        pass
     assert mine.exists()
+
+
+def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    written = tmp_path / ".state.safetensors.4711.tmp"
+    with owned(tmp_path):
+        written.write_text("half")
+        with pytest.raises(ValueError, match="is in use: another orthoreg prune"), owned(tmp_path):
+            pass
+        assert written.exists()  # of the one that is at it
+    with owned(tmp_path):
+        assert not written.exists()

@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 import orthoreg_ext as ox
 from orthoreg_ext.experiment import Settings, run
 from orthoreg_ext.experiment.data import load_dataset
+from orthoreg_ext.experiment.files import owned
 from orthoreg_ext.experiment.job import extended, plan
 from orthoreg_ext.experiment.models import build_model
 from orthoreg_ext.experiment.outputs import OUTPUTS
@@ -229,6 +230,19 @@ def test_other_folders_are_refused(tiny: dict[str, Any], tmp_path: Path) -> None
         run(tiny, tmp_path / "file" / "below")
 
 
+def test_a_folder_without_a_run_is_not_continued(tiny: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'.*mistyped' holds no run to continue"):
+        run({}, tmp_path / "mistyped", resume=True)
+    assert not (tmp_path / "mistyped").exists()
+    with pytest.raises(KeyboardInterrupt):  # the same command, stopped before it began
+        run(tiny, tmp_path / "out", resume=True, screen=interrupting(0))
+    with (
+        owned(tmp_path / "out"),
+        pytest.raises(ValueError, match="is in use"),
+    ):
+        run({}, tmp_path / "out", resume=True)
+
+
 def test_changed_data_or_network_cannot_be_continued(tiny: dict[str, Any], tmp_path: Path) -> None:
     digits = load_digits()
     images = (digits.images * 15).astype(np.uint8)
@@ -259,6 +273,7 @@ def test_a_network_that_cannot_be_cut_or_exported_is_refused_at_once(
     for factory, text in (
         ("shuffled", "cannot be pruned .*conv"),
         ("branching", "cannot be exported"),
+        ("random", "cannot be exported .*the same every time"),
     ):
         with pytest.raises(ValueError, match=f"--model 'odd_nets:{factory}' {text}"):
             run(tiny | {"model": f"odd_nets:{factory}"}, tmp_path / "out")
@@ -290,6 +305,12 @@ class Branching(Net):
             x = 2 * x
         return self.out(self.conv2(x).relu().mean((2, 3)))
 
+class Random(Net):
+    def forward(self, x):
+        x = self.conv(x).relu()
+        return self.out(self.conv2(x).relu().mean((2, 3))) + torch.rand(1)
+
+def random(in_channels, num_classes): return Random(in_channels, num_classes)
 def shuffled(in_channels, num_classes): return Shuffled(in_channels, num_classes)
 def branching(in_channels, num_classes): return Branching(in_channels, num_classes)
 """

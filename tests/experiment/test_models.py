@@ -35,6 +35,10 @@ def test_the_same_seed_gives_the_same_parameters() -> None:
         ("factories:broken", r"cannot be built \(.*NoneType.*\)"),
         ("factories:two_inputs", "cannot read images of 1 x 8 x 8 .*missing 1 required"),
         ("torn:build", r"cannot import 'torn' \(.*torn\.py, line 1"),
+        ("factories:failing", r"cannot be built \(KeyError: 'layers'\).*num_classes=3"),
+        ("factories:leaving", r"cannot be built \(SystemExit: 3\)"),
+        ("failing:build", r"cannot import 'failing' \(ZeroDivisionError"),
+        (":build", "cannot import ''"),
         ("factories:big", "cannot read images of 1 x 8 x 8 .*; pass a larger --image-size"),
     ],
 )
@@ -51,9 +55,12 @@ def test_bad_models_are_named(
         "class Two(nn.Module):\n"
         "    def forward(self, x, y): return x\n"
         "def two_inputs(): return Two()\n"
+        "def failing(num_classes): raise KeyError('layers')\n"
+        "def leaving(): raise SystemExit(3)\n"
         "def big(**_): return nn.Conv2d(1, 3, 11)\n"
     )
     (tmp_path / "torn.py").write_text("def build(:\n")
+    (tmp_path / "failing.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("factories", None)
     assert build_model("factories:build", num_classes=3, image_shape=(1, 8, 8), seed=0)

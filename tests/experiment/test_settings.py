@@ -17,6 +17,7 @@ from orthoreg_ext.penalties import PENALTIES
         ({"ratio": float("nan")}, "--ratio is nan"),
         ({"rounds": 0}, "--rounds is 0; expected a number of at least 1"),
         ({"rounds": 4, "finetune_epochs": 3}, "--rounds is 4; .* --finetune-epochs"),
+        ({"seed": 2**63 - 2}, "--seed is 9223372036854775806; expected a number from 0"),
         ({"seeds": 0}, "--seeds is 0"),
         ({"epochs": 0}, "--epochs is 0"),
         ({"batch_size": 1}, "--batch-size is 1"),

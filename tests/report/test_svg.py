@@ -7,6 +7,7 @@ import zlib
 import pytest
 import torch
 
+from orthoreg_ext.report.figures import shortened
 from orthoreg_ext.report.svg import Axis, Chart, heat, number
 
 
@@ -77,3 +78,16 @@ def test_a_heat_map_holds_the_matrix_as_grey_values() -> None:
     size = int.from_bytes(png[start - 8 : start - 4], "big")
     pixels = zlib.decompress(png[start : start + size])
     assert list(pixels) == [0, 0, 128, 0, 255, 51]  # a filter byte, then a row
+
+
+def test_short_names_still_tell_layers_of_different_blocks_apart() -> None:
+    assert shortened("features.conv_10", 16) == "features.conv_10"
+    assert shortened("blocks.1.0.conv_pw", 16) == "b.1.0.conv_pw"
+    assert shortened("blocks.2.1.se.conv_reduce", 16) == "b.2.1.s.conv_re…"
+    names = [
+        f"blocks.{i}.{j}.se.conv_{k}" for i in "12" for j in "12" for k in ("reduce", "expand")
+    ]
+    found = {shortened(name, 16) for name in names}
+    assert len(found) == len(names)
+    assert max(map(len, found)) <= 16
+    assert shortened("one_very_long_name_without_dots", 8) in ("…ut_dots", "one_ver…")
