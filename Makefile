@@ -76,7 +76,7 @@ compile-gate: $(STAMPS)/build-test ## registers and spills of every CUDA kernel
 	@$(if $(filter ON on 1,$(TEST_CUDA)),$(STEP) "compile gate" -- $(PY) scripts/compile_gate.py \
 		--out build/compile_gate.txt,echo '==> compile gate: left out, TEST_CUDA is $(TEST_CUDA)')
 
-test: $(STAMPS)/build-test lint compile-gate docs ## lint, docs, all tests, the sanitizers, the wheels
+test: $(STAMPS)/build-test lint compile-gate docs ## lint, all tests, the sanitizers, the wheels
 	@OMP_NUM_THREADS=1 $(STEP) "pytest" -- $(PY) -m pytest -n $(JOBS) -p no:benchmark $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory emulator
 	@$(MAKE) --no-print-directory fuzz
