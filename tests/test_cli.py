@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
@@ -268,6 +269,7 @@ def test_a_terminal_gets_a_live_bar_and_a_table(
         (RuntimeError("model.pt2 differs\nfrom the network"), "model.pt2 differs from the network"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "smaller --batch-size"),
         (MemoryError(), "the memory does not suffice"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
     ],
 )
 def test_what_fails_on_the_way_is_one_line_and_the_state_is_kept(
