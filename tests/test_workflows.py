@@ -85,6 +85,8 @@ def test_release_has_a_wheel_for_every_python_that_is_promised() -> None:
     environment = jobs["build"]["env"]
     built = re.findall(r"cp3(\d+)-cp3", f"{environment['PYTHON']} {environment['PYTHONS']}")
     assert tried == {f"3.{minor}" for minor in built}
+    changes = load((FOLDER / "ci.yml").read_text())["jobs"]["pythons"]
+    assert set(changes["strategy"]["matrix"]["python"]) == tried, "ci.yml tries other ones"
     oldest = re.search(r'requires-python = ">=(3\.\d+)"', (ROOT / "pyproject.toml").read_text())
     assert oldest is not None
     assert oldest[1] in tried

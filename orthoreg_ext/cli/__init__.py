@@ -18,6 +18,7 @@ __all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "info_lines", "main"]
 
 COMMANDS = (info, analyze, sensitivity, prune, replay, export, bench, completion)
 _REPORTED = (ValueError, ImportError, ArithmeticError, OSError, RuntimeError, MemoryError)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # not the caller's mistake
 _EPILOG = """\
 exit codes:
   0    done
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(_text(error, options.lack).split())
         print(f"orthoreg {options.command}: error: {line}", file=sys.stderr)
         failed = isinstance(error, (ArithmeticError, RuntimeError, MemoryError)) or (
-            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+            isinstance(error, OSError) and error.errno in _DISK
         )
         return FAILED if failed else BAD_INPUT
     return 0

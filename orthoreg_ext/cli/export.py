@@ -16,6 +16,7 @@ from .options import (
     check_folders,
     formatter,
     give,
+    request,
     set_threads,
 )
 
@@ -62,22 +63,12 @@ def add(commands: Commands[Any]) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from ..experiment.named import Request
     from ..export import export, table
 
     check_folders(options, "json")
     set_threads(options)
-    request = Request(
-        options.model,
-        options.data,
-        options.weights,
-        options.num_classes,
-        options.input_shape,
-        options.image_size,
-        options.channels,
-    )
     result = export(
-        request,
+        request(options, options.model, options.weights),
         options.out,
         format=options.format,
         overwrite=options.overwrite,

@@ -9,9 +9,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+
+if TYPE_CHECKING:
+    from ..experiment.named import Request
 
 BAD_INPUT = 2
 FAILED = 1
@@ -78,6 +81,21 @@ def add_input(parser: argparse.ArgumentParser, *, data: bool = True) -> None:
         type=int,
         choices=(1, 3),
         help="bring images to grey (1) or colour (3)" if data else "the same for its channels",
+    )
+
+
+def request(options: argparse.Namespace, model: str, weights: Path | None) -> Request:
+    """A model with what :func:`add_input` says about its input."""
+    from ..experiment.named import Request
+
+    return Request(
+        model,
+        options.data,
+        weights,
+        options.num_classes,
+        options.input_shape,
+        options.image_size,
+        options.channels,
     )
 
 

@@ -15,6 +15,7 @@ from .options import (
     check_folders,
     formatter,
     give,
+    request,
     set_threads,
 )
 
@@ -43,7 +44,6 @@ def add(commands: Commands[Any]) -> None:
 
 
 def _replay(options: argparse.Namespace) -> None:
-    from ..experiment.named import Request
     from ..experiment.replayed import replayed
 
     check_folders(options, "json")
@@ -51,14 +51,5 @@ def _replay(options: argparse.Namespace) -> None:
     model, weights = str(options.folder), None
     if options.model:
         model, weights = options.model, options.folder
-    request = Request(
-        model,
-        options.data,
-        weights,
-        options.num_classes,
-        options.input_shape,
-        options.image_size,
-        options.channels,
-    )
-    result = replayed(options.folder, request)
+    result = replayed(options.folder, request(options, model, weights))
     give(options, result.to_json(), result.table())

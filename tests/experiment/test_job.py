@@ -183,19 +183,24 @@ def test_divergence_names_the_epoch_and_keeps_the_state(
     assert [path.name for path in out.iterdir()] == [STATE_NAME]
 
 
-def test_a_full_disk_keeps_the_state(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [("os.fsync", errno.ENOSPC), ("orthoreg_ext.experiment.files.open", errno.EROFS)],
+    ids=["full", "read-only"],
+)
+def test_a_disk_that_takes_nothing_keeps_the_state(
+    call: str, code: int, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(tiny, out, screen=interrupting(1))
     before = (out / STATE_NAME).read_bytes()
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(call, refuse, raising=False)
         with pytest.raises(OSError, match="is intact"):
             run({}, out, resume=True)
     assert (out / STATE_NAME).read_bytes() == before
@@ -215,6 +220,15 @@ def test_bad_input_leaves_nothing_behind(tiny: dict[str, Any], tmp_path: Path) -
         with pytest.raises(ValueError, match=text):
             run(tiny | wrong, out)
         assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path or mode == os.R_OK)
+    with pytest.raises(ValueError, match=r"--out .* is not writable; choose another folder"):
+        run(tiny, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny_net.py"]
 
 
 def test_other_folders_are_refused(tiny: dict[str, Any], tmp_path: Path) -> None:

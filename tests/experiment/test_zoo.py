@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
+from orthoreg_ext import cli
 from orthoreg_ext.experiment import zoo
 from orthoreg_ext.experiment.models import build_model, model_factory
 from orthoreg_ext.experiment.named import Request, load
@@ -75,3 +80,46 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="torchvision is not installed: pip install torchvision"):
         zoo.load_package("timm")
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "pruned"),
+    [
+        ("timm:test_resnet", 32, True),
+        ("timm:test_efficientnet", 32, False),
+        ("torchvision:squeezenet1_1", 64, False),
+    ],
+)
+def test_from_a_look_at_a_model_to_a_checked_onnx_file(
+    name: str,
+    side: int,
+    pruned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (48, side, side, 3), dtype=np.uint8)
+    np.savez("images.npz", images=images, labels=np.arange(48) % 3)
+    data = ["--data=images.npz"]
+    assert cli.main(["analyze", name, *data, "--samples=8", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    source = [name, *data]
+    if pruned:
+        short = ["--seeds=1", "--epochs=1", "--finetune-epochs=1", "--batch-size=16", "--lr=0.01"]
+        command = ["prune", "--model", name, *data, "--target=macs=0.3", *short, "--device=cpu"]
+        assert cli.main([*command, "--out=run", "--quiet"]) == 0
+        widths = json.loads(Path("run/history.json").read_text())["widths"]
+        assert sum(widths.values()) < sum(layer["filters"] for layer in layers)
+        source = ["run"]
+    capsys.readouterr()
+    assert cli.main(["export", *source, "--format=onnx", "--seconds=0", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["files"]["onnx"]
+    assert row["max_difference"] <= row["tolerance"]
+    assert row["same_class"] == row["inputs"]
+    (y,) = onnxruntime.InferenceSession("orthoreg-export/model.onnx").run(
+        None, {"input": np.zeros((2, 3, side, side), np.float32)}
+    )
+    assert y.shape == (2, 3)
