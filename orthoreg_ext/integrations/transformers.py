@@ -100,6 +100,10 @@ class OrthoRegCallback(TrainerCallback, ExportableState):
             "attributes": {"saved": saved, "lost": sorted(self.options.keys() - kept.keys())},
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is attached to nothing; its steps come from the checkpoint."""
+        return {**self.__dict__, "regularizer": None, "_attachment": None}
+
     def _find(self, stored: dict[str, Any]) -> dict[str, Any] | None:
         """The newest state of this callback; the Trainer appends where there are several."""
         entries = _as_list(stored.get(type(self).__name__))
