@@ -21,7 +21,7 @@ from .attachment import (
     refuse_gathered,
 )
 from .diagnostics import LayerReport, Report, layer_reports
-from .distributed import Group, check_group, check_sharing, unwrapped
+from .distributed import Group, Ranks, check_group, check_sharing, unwrapped
 from .errors import choose
 from .plan import (
     LayerWeights,
@@ -120,7 +120,7 @@ class OrthoRegularizer:
         self.side = choose("side", side, SIDES)
         self.every = every
         self.schedule = schedule
-        self.shard, self._group = bool(shard), process_group
+        self.shard, self._ranks = bool(shard), Ranks(process_group)
         self._shares: Shares | None = None  # of the layers, as they were dealt
         self.step = 0  # calls of this object; attached optimizers count their own steps
         self._called = 0  # the step of the last call
@@ -167,7 +167,7 @@ class OrthoRegularizer:
             device = plan.terms[0].coefficients.device if plan.terms else None
             return torch.zeros((), device=device)
         if self.shard:
-            shared: Tensor = shared_total(partial(self._shared, plan), self._values, factor)
+            shared: Tensor = shared_total(partial(self._shared, plan, factor), self._values, factor)
             return shared
         return weighted_sum(plan.terms, [self._values(term) for term in plan.terms], factor)
 
@@ -240,7 +240,7 @@ class OrthoRegularizer:
         if factor == 0:
             return
         plan, settings = self._current(), (self.penalty, self.side)
-        shares = self._shared(plan) if self.shard else None
+        shares = self._shared(plan, factor) if self.shard else None
         own = plan if shares is None else shares.own
         prepared = self._prepared.get(optimizer)
         if prepared is None or not prepared.holds(own, optimizer, *settings):
@@ -258,11 +258,14 @@ class OrthoRegularizer:
                 stacklevel=2,
             )
 
-    def _shared(self, plan: Plan) -> Shares:
+    def _shared(self, plan: Plan, factor: float) -> Shares:
         if self._shares is None or self._shares.plan is not plan:
-            settings = [f"{self.penalty!r}, side={self.side!r}, every={self.every}"]
+            settings = [
+                f"{self.penalty!r}, side={self.side!r}, every={self.every}",
+                f"strength={self.strength}, a factor of {factor} in this step",
+            ]
             with torch.inference_mode(False):  # later steps are to differentiate it
-                self._shares = Shares(plan, check_group(self._group), settings)
+                self._shares = Shares(plan, check_group(self._ranks.group), settings)
         return self._shares
 
     def report(self) -> Report:
