@@ -35,6 +35,9 @@ from .schedules import Stateful
 from .settings import check_numbers, check_penalty
 from .sharing import Shares, shared_total, weighted_sum
 from .sides import SIDES
+from .watch import Watch
+
+_CHANGED = "the layers have changed since they were compiled: call the regulariser once outside"
 
 
 class OrthoRegularizer:
@@ -137,6 +140,7 @@ class OrthoRegularizer:
         self._selection.check(model)
         self._plan = plan = self._planned()
         self._state: ModelState | None = ModelState(model)
+        self._watch: Watch | None = Watch(model, plan)
         if not plan.terms:
             reasons = "; ".join(f"{s.name!r}: {s.reason}" for s in plan.skipped)
             raise ValueError(
@@ -365,7 +369,7 @@ class OrthoRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is attached to no optimizer; see :meth:`state_dict` for resuming."""
-        empty = dict.fromkeys(("_attached", "_prepared", "_state", "_shares"))
+        empty = dict.fromkeys(("_attached", "_prepared", "_state", "_shares", "_watch"))
         return {**self.__dict__, **empty}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -380,12 +384,18 @@ class OrthoRegularizer:
 
     def _current(self) -> Plan:
         """The plan for the parameters the model has now."""
-        if torch.compiler.is_compiling():
-            return self._plan  # a graph is of fixed layers anyway
+        if torch.compiler.is_compiling():  # a graph is of fixed layers
+            if self._watch is None or not self._watch.holds():
+                self._renew()
+            return self._plan
         if self._state is None or not self._state.holds():
             self._plan = self._planned(self._plan.vectors())
-            self._state = ModelState(self.model)
+            self._state, self._watch = ModelState(self.model), Watch(self.model, self._plan)
         return self._plan
+
+    @torch.compiler.disable(reason=_CHANGED)  # type: ignore[untyped-decorator]
+    def _renew(self) -> None:
+        self._current()
 
 
 def _is_recomputed() -> bool:
