@@ -24,7 +24,7 @@ BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -t
 FORMATTED = $(shell find csrc tests scripts -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile-gate bench readme wheel check-wheel gpu-check build emulator fuzz clean
+.PHONY: help demo test lint compile-gate bench readme wheel check-wheel gpu-check build emulator fuzz docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -76,7 +76,7 @@ compile-gate: $(STAMPS)/build-test ## registers and spills of every CUDA kernel
 	@$(if $(filter ON on 1,$(TEST_CUDA)),$(STEP) "compile gate" -- $(PY) scripts/compile_gate.py \
 		--out build/compile_gate.txt,echo '==> compile gate: left out, TEST_CUDA is $(TEST_CUDA)')
 
-test: $(STAMPS)/build-test lint compile-gate ## lint, all tests, the sanitizers, the wheels
+test: $(STAMPS)/build-test lint compile-gate docs ## lint, all tests, the sanitizers, the wheels
 	@OMP_NUM_THREADS=1 $(STEP) "pytest" -- $(PY) -m pytest -n $(JOBS) -p no:benchmark $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory emulator
 	@$(MAKE) --no-print-directory fuzz
@@ -124,9 +124,6 @@ wheel: $(STAMPS)/packages-release ## the sdist and the wheels, in dist/; PYTHONS
 check-wheel: $(STAMPS)/packages-release ## uses what is in dist/ without a compiler
 	@$(STEP) "wheels, in an environment without a compiler" -- env PYTHONS='$(PYTHONS)' \
 		$(PY) scripts/check_wheel.py $(VENV)/constraints.txt --wheels dist
-
-.PHONY: docs
-test: docs
 
 # Not mkdocs --quiet, which drops the warnings that --strict is to count.
 docs: $(STAMPS)/packages-dev ## the documentation as a site, build/site/index.html; warnings are errors

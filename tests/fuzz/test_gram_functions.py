@@ -99,8 +99,11 @@ def refusable(drawn: Layers, given_options: dict[str, Any]) -> bool:
     ):
         return True
     unusual = {"targets", "vectors", "strides", "num_groups", "pruned"} & given_options.keys()
-    known = given_options["penalty"] in ("orthoreg", "so", "frobenius", "offdiag", "cosine", "dso")
-    return drawn.spoilt or bool(unusual) or not known or given_options["side"] not in SIDES
+    penalty, side = given_options["penalty"], given_options["side"]
+    if not (isinstance(penalty, str) and isinstance(side, str)):
+        return True
+    known = penalty in ("orthoreg", "so", "frobenius", "offdiag", "cosine", "dso")
+    return drawn.spoilt or bool(unusual) or not known or side not in SIDES
 
 
 def expected_of(drawn: Layers, given_options: dict[str, Any]) -> tuple[Tensor, Tensor, list[Any]]:
