@@ -63,6 +63,28 @@ def check_group(group: Group | None) -> Group:
     return found
 
 
+class Ranks:
+    """The process group of a regulariser, which its copies share.
+
+    Args:
+        group: None: all ranks.
+    """
+
+    def __init__(self, group: Group | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: object) -> Ranks:
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.group is None:
+            return Ranks, (None,)
+        raise TypeError(
+            "a regulariser with process_group= cannot be pickled, for the group is of this process "
+            "alone: save its state_dict() and make it anew, or leave process_group out"
+        )
+
+
 def check_sharing(shard: object, group: Group | None) -> None:
     """Checks the arguments of that name.
 

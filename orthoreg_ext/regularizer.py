@@ -15,13 +15,16 @@ from . import functional
 from .arguments import is_factor
 from .attachment import Attachment, PreparedTerms, check_hooks, parameters_of, refuse_gathered
 from .diagnostics import LayerReport, Report, layer_reports
-from .distributed import Group, check_group, check_sharing, unwrapped
+from .distributed import Group, Ranks, check_group, check_sharing, unwrapped
 from .errors import choose
 from .plan import LayerWeights, ModelState, Plan, Selection, Selector, Term
 from .schedules import Stateful
 from .settings import check_numbers, check_penalty
 from .sharing import Shares, shared_total, weighted_sum
 from .sides import SIDES
+from .watch import Watch
+
+_CHANGED = "the layers have changed since they were compiled: call the regulariser once outside"
 
 
 class OrthoRegularizer:
@@ -107,7 +110,7 @@ class OrthoRegularizer:
         self.side = choose("side", side, SIDES)
         self.every = every
         self.schedule = schedule
-        self.shard, self._group = bool(shard), process_group
+        self.shard, self._ranks = bool(shard), Ranks(process_group)
         self._shares: Shares | None = None  # of the layers, as they were dealt
         self.step = 0  # calls of this object; attached optimizers count their own steps
         self._called = 0  # the step of the last call
@@ -124,6 +127,7 @@ class OrthoRegularizer:
         self._selection.check(model)
         self._plan = plan = self._planned()
         self._state: ModelState | None = ModelState(model)
+        self._watch: Watch | None = Watch(model, plan)
         if not plan.terms:
             reasons = "; ".join(f"{s.name!r}: {s.reason}" for s in plan.skipped)
             raise ValueError(
@@ -154,7 +158,7 @@ class OrthoRegularizer:
             device = plan.terms[0].coefficients.device if plan.terms else None
             return torch.zeros((), device=device)
         if self.shard:
-            shared: Tensor = shared_total(partial(self._shared, plan), self._values, factor)
+            shared: Tensor = shared_total(partial(self._shared, plan, factor), self._values, factor)
             return shared
         return weighted_sum(plan.terms, [self._values(term) for term in plan.terms], factor)
 
@@ -227,7 +231,7 @@ class OrthoRegularizer:
         if factor == 0:
             return
         plan, settings = self._current(), (self.penalty, self.side)
-        shares = self._shared(plan) if self.shard else None
+        shares = self._shared(plan, factor) if self.shard else None
         own = plan if shares is None else shares.own
         prepared = self._prepared.get(optimizer)
         if prepared is None or not prepared.holds(own, optimizer, *settings):
@@ -245,11 +249,14 @@ class OrthoRegularizer:
                 stacklevel=2,
             )
 
-    def _shared(self, plan: Plan) -> Shares:
+    def _shared(self, plan: Plan, factor: float) -> Shares:
         if self._shares is None or self._shares.plan is not plan:
-            settings = [f"{self.penalty!r}, side={self.side!r}, every={self.every}"]
+            settings = [
+                f"{self.penalty!r}, side={self.side!r}, every={self.every}",
+                f"strength={self.strength}, a factor of {factor} in this step",
+            ]
             with torch.inference_mode(False):  # later steps are to differentiate it
-                self._shares = Shares(plan, check_group(self._group), settings)
+                self._shares = Shares(plan, check_group(self._ranks.group), settings)
         return self._shares
 
     def report(self) -> Report:
@@ -349,7 +356,7 @@ class OrthoRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is attached to no optimizer; see :meth:`state_dict` for resuming."""
-        empty = dict.fromkeys(("_attached", "_prepared", "_state", "_shares"))
+        empty = dict.fromkeys(("_attached", "_prepared", "_state", "_shares", "_watch"))
         return {**self.__dict__, **empty}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -364,12 +371,18 @@ class OrthoRegularizer:
 
     def _current(self) -> Plan:
         """The plan for the parameters the model has now."""
-        if torch.compiler.is_compiling():
-            return self._plan  # a graph is of fixed layers anyway
+        if torch.compiler.is_compiling():  # a graph is of fixed layers
+            if self._watch is None or not self._watch.holds():
+                self._renew()
+            return self._plan
         if self._state is None or not self._state.holds():
             self._plan = self._planned(self._plan.vectors())
-            self._state = ModelState(self.model)
+            self._state, self._watch = ModelState(self.model), Watch(self.model, self._plan)
         return self._plan
+
+    @torch.compiler.disable(reason=_CHANGED)  # type: ignore[untyped-decorator]
+    def _renew(self) -> None:
+        self._current()
 
 
 def _is_recomputed() -> bool:

@@ -82,7 +82,11 @@ class Shares:
                         f"layer {layer.name!r} is a DTensor, sharded already (fully_shard or "
                         "tensor parallelism), so shard=True cannot deal it out: leave shard out"
                     )
-                described.append(f"layer {layer.name!r} of {layer.filters} x {layer.fan_in}")
+                bias = " and a bias" if term.with_bias[i] else ""
+                described.append(f"layer {layer.name!r} of {layer.filters} x {layer.fan_in}{bias}")
+        for term in self.plan.terms:  # after all layers: one layer more changes every weight
+            pairs = zip(term.layers, term.factors, strict=True)
+            described += [f"layer {of.name!r} with the weight {factor}" for of, factor in pairs]
         require_same(
             self.group,
             "the regularised layers or the settings",

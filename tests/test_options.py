@@ -226,9 +226,10 @@ def test_what_is_no_sequence_is_refused() -> None:
 
 def test_the_page_of_the_penalties_has_all_of_them() -> None:
     text = (Path(__file__).parents[1] / "docs" / "penalties.md").read_text(encoding="utf-8")
-    first = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    for name in PENALTIES:
-        assert sum(f"`{name}`" in cell for cell in first) == 2, name  # formula, and source
+    first = [line.split("|")[1] for line in text.splitlines() if line.startswith("| [`")]
+    for name in PENALTIES:  # a row of the table of formulas, with a link to the page
+        assert first.count(f" [`{name}`](penalties/{name}.md) ") == 1, name
+        assert (Path(__file__).parents[1] / "docs" / "penalties" / f"{name}.md").is_file(), name
 
 
 def test_every_row_says_all_of_itself() -> None:

@@ -102,10 +102,14 @@ class Engine:
             ValueError: naming the layers at their limit, or the share that can be reached.
         """
         pools, rules = self.pools(), self.rules
-        if rules.target == "filters":
-            check_reachable(rules.scope, pools, ratio, rules.limits)
-        else:
+        if rules.target == "latency":  # measured by all ranks
             self._check_saved(ranking(rules.scope, pools, rules.limits), ratio)
+            return
+        with together("checking the ratio"):
+            if rules.target == "filters":
+                check_reachable(rules.scope, pools, ratio, rules.limits)
+            else:
+                self._check_saved(ranking(rules.scope, pools, rules.limits), ratio)
 
     def score(
         self, data: Iterable[Any] | None = None, loss: Loss | None = None

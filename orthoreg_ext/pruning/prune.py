@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..distributed import together
 from . import checks
 from .calibration import Loss, check_data
 from .engine import Engine
@@ -124,33 +125,34 @@ def prune(
             the error's `.result`; the model is as the last round and `between_rounds` left it.
         KeyboardInterrupt: passes unchanged; a round that it meets is undone, those before stay.
     """
-    rules = Rules(
-        criterion=criterion,
-        scope=scope,
-        round_to=round_to,
-        max_layer_ratio=max_layer_ratio,
-        normalize=normalize,
-        group_reduction=group_reduction,
-        bias=bias,
-        dim=dim,
-        target=target,
-        rescore_every=rescore_every,
-    )
-    check_ratio(ratio)
-    check_rounds(rounds)
-    checks.check_callable("loss", loss, "loss(output, target)")
-    checks.check_callable("between_rounds", between_rounds, "between_rounds(model, round)")
-    if rules.row.needs_grad and data is not None:
-        check_data(data, rounds + (scope == "one_at_a_time"))
-    engine = Engine(
-        model,
-        example_inputs,
-        rules,
-        optimizer=optimizer,
-        ignored=ignored,
-        ema=ema,
-        verify=verify,
-    )
+    with together("checking the arguments"):
+        rules = Rules(
+            criterion=criterion,
+            scope=scope,
+            round_to=round_to,
+            max_layer_ratio=max_layer_ratio,
+            normalize=normalize,
+            group_reduction=group_reduction,
+            bias=bias,
+            dim=dim,
+            target=target,
+            rescore_every=rescore_every,
+        )
+        check_ratio(ratio)
+        check_rounds(rounds)
+        checks.check_callable("loss", loss, "loss(output, target)")
+        checks.check_callable("between_rounds", between_rounds, "between_rounds(model, round)")
+        if rules.row.needs_grad and data is not None:
+            check_data(data, rounds + (scope == "one_at_a_time"))
+        engine = Engine(
+            model,
+            example_inputs,
+            rules,
+            optimizer=optimizer,
+            ignored=ignored,
+            ema=ema,
+            verify=verify,
+        )
     engine.check_ratio(ratio)
     if not dry_run:
         return _in_rounds(engine, ratio, rounds, between_rounds, data, loss)

@@ -132,29 +132,30 @@ def sensitivity(
             before.
         RuntimeError: the model cannot be followed, or a cut failed its check; it was taken back.
     """
-    wanted = _check_ratios(ratios)
-    for name, value, signature in (
-        ("evaluate", evaluate, "evaluate(model)"),
-        ("loss", loss, "loss(output, target)"),
-        ("progress", progress, "progress(done, total)"),
-    ):
-        checks.check_callable(name, value, signature)
-    rules = Rules(
-        criterion=criterion,
-        scope="local",
-        round_to=round_to,
-        max_layer_ratio=1.0,
-        group_reduction=group_reduction,
-        bias=bias,
-    )
-    if data is not None:
-        check_data(data, rounds=2)
-    if evaluate is None and data is None:
-        raise ValueError(
-            "neither data nor evaluate was given; pass data=[(input, target), ...] to measure the "
-            "loss, or a function evaluate(model) -> number"
+    with together("checking the arguments"):
+        wanted = _check_ratios(ratios)
+        for name, value, signature in (
+            ("evaluate", evaluate, "evaluate(model)"),
+            ("loss", loss, "loss(output, target)"),
+            ("progress", progress, "progress(done, total)"),
+        ):
+            checks.check_callable(name, value, signature)
+        rules = Rules(
+            criterion=criterion,
+            scope="local",
+            round_to=round_to,
+            max_layer_ratio=1.0,
+            group_reduction=group_reduction,
+            bias=bias,
         )
-    engine = Engine(model, example_inputs, rules, ignored=ignored, verify=verify)
+        if data is not None:
+            check_data(data, rounds=2)
+        if evaluate is None and data is None:
+            raise ValueError(
+                "neither data nor evaluate was given; pass data=[(input, target), ...] to measure "
+                "the loss, or a function evaluate(model) -> number"
+            )
+        engine = Engine(model, example_inputs, rules, ignored=ignored, verify=verify)
 
     def measure(where: str) -> float:
         with undisturbed(model), torch.no_grad():

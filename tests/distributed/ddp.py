@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
 from unittest import mock
 
@@ -240,11 +242,59 @@ def check_ranks_that_differ_are_refused(rank: int, ranks: int) -> None:
     if rank == ranks - 1:
         model.conv1 = nn.Conv2d(3, 7, 3)
     reg = ox.OrthoRegularizer(model, shard=True)
-    with pytest.raises(RuntimeError, match=f"'conv1' of 8 x 27 on rank 0.* rank {ranks - 1}"):
+    with pytest.raises(
+        RuntimeError, match=f"'conv1' of 8 x 27 and a bias on rank 0.* rank {ranks - 1}"
+    ):
         reg()
     other = ox.OrthoRegularizer(nets.net(), "so" if rank else "orthoreg", shard=True)
     with pytest.raises(RuntimeError, match="'orthoreg', side='small', every=1 on rank 0"):
         other()
+    for first, last, found in (
+        (
+            {"strength": 0.1},
+            {"strength": 0.2},
+            "strength=0.1, a factor of 0.1 in this step on rank 0",
+        ),
+        (
+            {"every": 3, "schedule": halved},
+            {"every": 3},
+            "a factor of 0.015 in this step on rank 0",
+        ),
+        ({"layer_weights": "sqrt"}, {"layer_weights": "mean"}, "'conv1' with the weight"),
+        (
+            {},
+            {"bias": False},
+            "'conv1' of 8 x 27 and a bias on rank 0, but layer 'conv1' of 8 x 27",
+        ),
+    ):
+        for attach in (False, True):
+            model = nets.net()
+            reg = ox.OrthoRegularizer(model, shard=True, **(last if rank else first))
+            optimizer = nets.sgd(model)
+            if attach:
+                reg.attach(optimizer)
+            with pytest.raises(RuntimeError, match=found):
+                optimizer.step() if attach else reg()
+
+
+def check_a_copy_shares_with_the_same_ranks(rank: int, ranks: int) -> None:
+    pair = dist.new_group([0, 1])
+    for group in (None, pair):
+        if group is not None and rank > 1:
+            continue
+        reg = ox.OrthoRegularizer(nets.net(), shard=True, process_group=group)
+        reg()
+        copied = copy.deepcopy(reg)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as spied:
+            assert torch.equal(copied(), reg())
+        assert {call.kwargs["group"] for call in spied.call_args_list} == {
+            group or dist.group.WORLD
+        }
+        if group is None:
+            assert torch.equal(pickle.loads(pickle.dumps(reg))(), reg())
+        else:
+            with pytest.raises(TypeError, match="make it anew, or leave process_group out"):
+                pickle.dumps(reg)
 
 
 def halved(step: int) -> float:

@@ -151,6 +151,25 @@ def check_an_error_of_one_rank_is_one_of_all(rank: int, ranks: int) -> None:
         ox.pruning.prune(model, EXAMPLE, criterion=ORDER, ratio=0.3)
 
 
+def check_an_argument_that_one_rank_refuses_is_refused_by_all(rank: int, ranks: int) -> None:
+    wrong = ranks - 1
+    name, much = ("l0", 0.999) if rank == wrong else ("l1", 0.5)
+    model = resnet()
+    for act in (
+        lambda: ox.pruning.prune(model, EXAMPLE, criterion=name, ratio=0.5),
+        lambda: ox.pruning.prune(model, EXAMPLE, criterion="l1", ratio=much),
+        lambda: ox.pruning.prune(model, EXAMPLE, criterion="l1", ratio=much, target="macs"),
+        lambda: ox.pruning.sensitivity(model, EXAMPLE, batches(), criterion=name),
+        lambda: ox.pruning.OrthoReg(model, EXAMPLE, criterion=name),
+    ):
+        kind = ValueError if rank == wrong else RuntimeError
+        with pytest.raises(
+            kind, match="l0|99|greater" if rank == wrong else f"failed on rank {wrong}"
+        ):
+            act()
+    nets.assert_close(model, resnet())
+
+
 ORDER = ox.pruning.Criterion(
     "order",
     "the number of the unit",

@@ -296,6 +296,11 @@ def test_checkpoint_without_the_callback_and_a_second_run_begin_with_step_0(
     trainer.train()
     for callback in callbacks:
         assert callback.regularizer.state_dict()["attached_steps"] == [2 * STEPS]
+    for copied in (copy.deepcopy(callbacks[0]), pickle.loads(pickle.dumps(callbacks[0]))):
+        assert copied.regularizer is None  # no second model
+        trainer = make_trainer(hf, make_model(hf), [copied], tmp_path, steps=1)
+        trainer.train()
+        assert copied.regularizer.state_dict()["attached_steps"] == [1]
 
 
 def test_prepared_optimizer_of_a_plain_accelerate_loop(hf: ModuleType) -> None:

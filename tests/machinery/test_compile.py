@@ -101,6 +101,30 @@ def test_schedules_and_left_out_steps_are_followed() -> None:
     assert reg.step == 12
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_layers_that_change_after_the_compilation_are_seen(fullgraph: bool) -> None:
+    """Frozen, replaced and pruned; one graph alone cannot find them anew and says so."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 2), nn.Flatten())
+    net.append(nn.Linear(54, 5))
+    x = random(2, 3, 6, 6)
+    reg = ox.OrthoRegularizer(net, strength=1.0)
+    term = torch.compile(lambda: reg(), fullgraph=fullgraph, backend="eager")
+    for change in (
+        lambda: net[2].weight.requires_grad_(False),
+        lambda: net[2].weight.requires_grad_(True),
+        lambda: net.__setitem__(0, nn.Conv2d(3, 8, 3)),
+        lambda: ox.pruning.prune(net, x, criterion="l1", ratio=0.3),
+    ):
+        term()
+        change()
+        if fullgraph:
+            with pytest.raises(Exception, match=r"the layers have changed .* once outside"):
+                term()
+            reg()
+        torch.testing.assert_close(term(), ox.OrthoRegularizer(net, strength=1.0)())
+
+
 # --- the functional calls
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...distributed import together
 from ..engine import Engine
 from ..held import Holders
 from ..result import PruneResult
@@ -69,24 +70,25 @@ class Method:
         verify: bool = True,
         **rules: Any,
     ) -> None:
-        if ratio is not None:
-            check_ratio(ratio)
-        if rules.get("scope") == "one_at_a_time":
-            raise ValueError(
-                "scope='one_at_a_time' scores anew after every few units, which a method with a "
-                "schedule does not; use scope='global', or prune() after the training"
+        with together("checking the arguments"):
+            if ratio is not None:
+                check_ratio(ratio)
+            if rules.get("scope") == "one_at_a_time":
+                raise ValueError(
+                    "scope='one_at_a_time' scores anew after every few units, which a method with "
+                    "a schedule does not; use scope='global', or prune() after the training"
+                )
+            self.ratio = ratio
+            check_rules(type(self).__name__, rules)
+            self.engine = Engine(
+                model,
+                example_inputs,
+                Rules(**{**self.DEFAULTS, **rules}),
+                optimizer=optimizer,
+                ignored=ignored,
+                ema=ema,
+                verify=verify,
             )
-        self.ratio = ratio
-        check_rules(type(self).__name__, rules)
-        self.engine = Engine(
-            model,
-            example_inputs,
-            Rules(**{**self.DEFAULTS, **rules}),
-            optimizer=optimizer,
-            ignored=ignored,
-            ema=ema,
-            verify=verify,
-        )
         if ratio is not None:
             self.engine.check_ratio(ratio)
         self.steps = 0
