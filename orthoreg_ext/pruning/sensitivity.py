@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..distributed import current, sum_over_ranks
+from ..distributed import current, sum_over_ranks, together
 from . import checks
 from .calibration import Loss, batches, check_data, one_pass
 from .engine import Engine
