@@ -24,7 +24,7 @@ BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -t
 FORMATTED = $(shell find csrc tests scripts -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile-gate bench readme wheel check-wheel gpu-check build emulator fuzz docs clean
+.PHONY: help demo test lint compile-gate bench readme wheel check-wheel gpu-check build emulator fuzz fresh-wheels docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -78,22 +78,23 @@ compile-gate: $(STAMPS)/build-test ## registers and spills of every CUDA kernel
 
 test: $(STAMPS)/build-test lint compile-gate docs ## lint, all tests, the sanitizers, the wheels
 	@OMP_NUM_THREADS=1 $(STEP) "pytest" -- $(PY) -m pytest -n $(JOBS) -p no:benchmark $(PYTEST_ARGS)
-	@$(MAKE) --no-print-directory emulator
-	@$(MAKE) --no-print-directory fuzz
-	@$(STEP) "wheels, in an environment without a compiler" -- \
-		env ORTHOREG_CUDA=$(TEST_CUDA) ORTHOREG_WERROR=1 $(PY) scripts/check_wheel.py $(VENV)/constraints.txt
+	@$(MAKE) --no-print-directory -j2 -Oline emulator fuzz fresh-wheels
 	@echo "==> make test: all passed"
 
 # What every kernel computes, on the emulator; the same file runs plain, in three schedules, in pytest.
 EMULATED ?= tests/test_schedules.py
 
-emulator: $(STAMPS)/build-test ## the CUDA kernels on the CPU, under two sanitizers
-	@for sanitizer in address thread; do \
-		$(STEP) "emulated kernels for the $$sanitizer sanitizer: compile" -- \
-			$(PY) -m tests.emu.build --sanitize $$sanitizer && \
-		OMP_NUM_THREADS=1 $(STEP) "emulated kernels for the $$sanitizer sanitizer: test" -- \
-			$(PY) -m tests.emu.sanitize $$sanitizer -q $(EMULATED) || exit 1; \
-	done
+emulator: emulator-address emulator-thread ## the CUDA kernels on the CPU, under two sanitizers
+
+emulator-%: $(STAMPS)/build-test
+	@$(STEP) "emulated kernels for the $* sanitizer: compile" -- \
+		$(PY) -m tests.emu.build --sanitize $*
+	@OMP_NUM_THREADS=1 $(STEP) "emulated kernels for the $* sanitizer: test" -- \
+		$(PY) -m tests.emu.sanitize $* -q $(EMULATED)
+
+fresh-wheels: $(STAMPS)/build-test
+	@$(STEP) "wheels, in an environment without a compiler" -- \
+		env ORTHOREG_CUDA=$(TEST_CUDA) ORTHOREG_WERROR=1 $(PY) scripts/check_wheel.py $(VENV)/constraints.txt
 
 # ORTHOREG_FUZZ_EXAMPLES: how many, 10 000 if not set; ORTHOREG_FUZZ_SEED=random: others every time.
 fuzz: $(STAMPS)/packages-dev ## odd arguments for everything, under the address and UB sanitizers
