@@ -62,7 +62,7 @@ build: $(STAMPS)/build ## compile the package into .venv (editable)
 # ---- what it is for ----------------------------------------------------------------------------
 # Run again, it continues one that was interrupted, and prints the table of one that is finished.
 demo: $(STAMPS)/build ## train, prune and fine-tune a small network on real images; writes build/demo
-	@$(STEP) "orthoreg prune" -- $(VENV)/bin/orthoreg prune --resume --out '$(DEMO_OUT)'
+	@$(STEP) "orthoreg prune" -- $(VENV)/bin/orthoreg prune --resume --model vgg --data digits --out '$(DEMO_OUT)'
 	@echo '==> to start over: make demo DEMO_OUT=ANOTHER_FOLDER, or remove $(DEMO_OUT) first'
 
 lint: $(STAMPS)/packages-dev ## ruff, mypy, clang-format

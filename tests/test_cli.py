@@ -220,6 +220,15 @@ def test_a_real_ctrl_c_can_be_continued(tmp_path: Path) -> None:
     assert (out / "state.safetensors").exists()
 
 
+def test_make_demo_begins_where_nothing_is_stored() -> None:
+    makefile = Path(__file__).parent.parent / "Makefile"
+    command = re.search(r"bin/orthoreg (prune --resume .*)$", makefile.read_text(), re.MULTILINE)
+    assert command is not None
+    options = cli._parser().parse_args(command[1].replace("'", "").split())
+    # --resume without a setting only continues
+    assert any(getattr(options, name) is not None for name in options.settings)
+
+
 def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
