@@ -1,0 +1,1 @@
+"""One module a question: ``stages(config)`` deals its units, ``measure(lab, unit)`` does one."""

@@ -1,0 +1,213 @@
+"""Does the units of an experiment, on several processes, so that it can be stopped at any moment.
+
+A unit is a dict of parameters. What it measures goes to a file of its own, whole or not at all, and
+is not measured again; the folder's name tells the configuration and the data apart, so that another
+one begins anew. Units of a stage begin when the stage before is done: they read its networks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from experiments import data
+from experiments.config import Config, fingerprint
+from experiments.lab import Lab, versions
+from orthoreg_ext.experiment.files import write_atomic
+from orthoreg_ext.experiment.train import DivergedError, deterministic
+from orthoreg_ext.machine import describe
+
+RESULTS = Path(__file__).resolve().parent / "results"
+REMEDY = "make room or mend the folder, then run the same command again"
+
+Unit = Mapping[str, Any]
+Values = dict[str, Any]
+
+
+class Question(Protocol):
+    """A module of ``questions/``."""
+
+    def stages(self, config: Config) -> Sequence[Sequence[Unit]]:
+        """The units, stage by stage; each with a ``seed``."""
+
+    def measure(self, lab: Lab, unit: Unit) -> Values:
+        """What one unit found, ready for JSON."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are: images, what is under way, results."""
+
+    images: Path
+    work: Path
+    results: Path = RESULTS
+
+
+def question_of(config: Config) -> Question:
+    """The module that asks the configuration's question.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    name = f"experiments.questions.{config.question}"
+    try:
+        found: Any = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ValueError(f"question {config.question!r} is no module of questions/") from error
+    return found  # type: ignore[no-any-return]
+
+
+def run(config: Config, place: Place, *, jobs: int = 1, minutes: float | None = None) -> Path:
+    """Does what is left of an experiment.
+
+    Args:
+        config: the configuration.
+        place: where things are.
+        jobs: processes.
+        minutes: begin no unit after so many; the same call goes on later.
+
+    Returns:
+        The file of the results so far.
+
+    Raises:
+        ValueError: the configuration or the images do not do.
+        OSError: something cannot be written; what was done stays.
+    """
+    dataset = data.load(config.data, place.images, place.work)
+    checksum = f"{dataset.checksum:08x}"
+    folder = place.work / f"{config.name}-{fingerprint(config.document(), versions(), checksum)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = [list(stage) for stage in question_of(config).stages(config)]
+    total = sum(len(stage) for stage in stages)
+    left = [[unit for unit in stage if not _file(folder, unit).exists()] for stage in stages]
+    count = total - sum(len(stage) for stage in left)
+    print(f"{config.name}: {total} units, {count} done before", flush=True)
+    begin, seconds = time.monotonic(), list[float]()
+    end = None if minutes is None else begin + 60 * minutes
+    try:
+        for stage in left:
+            if not stage or (end is not None and time.monotonic() > end):
+                continue
+            for unit, took in _done(config, place, folder, stage, jobs, end):
+                count += 1
+                seconds.append(took)
+                rest = (total - count) * statistics.fmean(seconds) / jobs / 60
+                passed = (time.monotonic() - begin) / 60
+                line = f"[{count:>4}/{total}] {passed:5.1f} min, about {rest:.0f} left: "
+                print(line + said(unit), flush=True)
+            if any(not _file(folder, unit).exists() for unit in stage):
+                break  # the next stage reads its networks
+    finally:
+        path = collect(config, place, folder, checksum)
+    return path
+
+
+def said(unit: Unit) -> str:
+    """A unit in a line."""
+    return " ".join(f"{key}={value}" for key, value in unit.items())
+
+
+def collect(config: Config, place: Place, folder: Path, checksum: str) -> Path:
+    """Writes the results of all units that are done, in the order of the question."""
+    stages = question_of(config).stages(config)
+    files = [_file(folder, unit) for stage in stages for unit in stage]
+    units = [json.loads(path.read_text()) for path in files if path.exists()]
+    machine = describe(config.device)
+    document = {
+        "config": config.document(),
+        "machine": {**machine, "threads": config.threads},
+        "data": checksum,
+        "planned": len(files),
+        "seconds": sum(unit["seconds"] for unit in units),
+        "units": units,
+    }
+    path = place.results / machine["slug"] / f"{config.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, _lines(document).encode(), REMEDY)
+    return path
+
+
+def _lines(document: Mapping[str, Any]) -> str:
+    """JSON with one line a unit."""
+    head = {**document, "units": None}
+    units = ",\n".join(json.dumps(unit) for unit in document["units"])
+    return json.dumps(head, indent=1).replace('"units": null', f'"units": [\n{units}\n ]') + "\n"
+
+
+def _file(folder: Path, unit: Unit) -> Path:
+    return folder / f"unit-{fingerprint(dict(unit))}.json"
+
+
+def _done(
+    config: Config, place: Place, folder: Path, units: Sequence[Unit], jobs: int, end: float | None
+) -> Iterator[tuple[Unit, float]]:
+    """Does units, and yields each with the seconds it took."""
+    if jobs == 1:
+        _begin(config, place, folder, 0)
+        for unit in units:
+            if end is not None and time.monotonic() > end:
+                return
+            yield unit, _do(unit)
+        return
+    context = multiprocessing.get_context("spawn")
+    arguments = (config, place, folder, os.getpid())
+    with ProcessPoolExecutor(jobs, context, _begin, arguments) as pool:
+        waiting, queue = dict[Future[float], Unit](), list(units)
+        while queue or waiting:
+            late = end is not None and time.monotonic() > end
+            while queue and len(waiting) < jobs and not late:
+                unit = queue.pop(0)
+                waiting[pool.submit(_do, unit)] = unit
+            if not waiting:
+                return
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+
+
+_LAB: tuple[Lab, Question, Path] | None = None  # of a worker process
+
+
+def _begin(config: Config, place: Place, folder: Path, parent: int) -> None:
+    """Makes a process ready; parent: the process without which it ends, 0 for none."""
+    global _LAB
+    if parent:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(config.threads)
+    lab = Lab(config, data.load(config.data, place.images, place.work), folder)
+    _LAB = lab, question_of(config), folder
+
+
+def _end_with(parent: int) -> None:
+    """A killed runner leaves no workers behind."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _do(unit: Unit) -> float:
+    assert _LAB is not None
+    lab, question, folder = _LAB
+    begin = time.monotonic()
+    try:
+        with deterministic(lab.config.device):
+            values = question.measure(lab, unit)
+    except DivergedError as error:
+        values = {"diverged": str(error)}  # a result, too
+    seconds = time.monotonic() - begin
+    found = {"unit": dict(unit), "values": values, "seconds": round(seconds, 2)}
+    write_atomic(_file(folder, unit), json.dumps(found).encode(), REMEDY)
+    return seconds
