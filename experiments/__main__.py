@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one experiment, some, or all."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
-        description="Runs experiments, or what is left of them; the same call goes on after a stop.",
+        description="Runs experiments; after a stop the same call does what is left.",
         epilog="experiments: " + " ".join(sorted(path.stem for path in CONFIGS.glob("*.toml"))),
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help="an experiment, or a .toml file")

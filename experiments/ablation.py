@@ -17,14 +17,14 @@ GROUP = 8
 
 @dataclass(frozen=True)
 class Groups:
-    """Of one layer: the rise of the loss without a group, and the sum over its filters, [groups]."""
+    """Of a layer, [groups]: the rise of the loss without a group, and the sum over its filters."""
 
     together: list[float]
     summed: list[float]
 
     @property
     def error(self) -> float:
-        """sum |together - summed| / sum (|together| + |summed|), 0 where importances add up."""
+        """The sum of |together - summed| over that of |together| + |summed|: 0 if they add up."""
         pairs = list(zip(self.together, self.summed, strict=True))
         scale = sum(abs(a) + abs(b) for a, b in pairs)
         return sum(abs(a - b) for a, b in pairs) / scale if scale else 0.0

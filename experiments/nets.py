@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 
 from torch import nn
 
@@ -20,6 +21,6 @@ def linear_mlp(
     """Seven linear layers with nothing between them, as MLP-7-Linear of Wang and Fu (TPP)."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(flat=nn.Flatten())
     widths = [in_channels * image_size**2, *[width] * 6, num_classes]
-    for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for number, (inputs, outputs) in enumerate(pairwise(widths), start=1):
         layers[f"linear{number}"] = nn.Linear(inputs, outputs)
     return nn.Sequential(layers)
