@@ -51,6 +51,7 @@ class Recipe:
         weight_decay: of all parameters; with a regulariser 0 as long as it is on, as OrthoReg's
             released code has it.
         flip: mirror every other image at random.
+        calibration: training images that score the filters, at most; 10 000 in OrthoReg's code.
     """
 
     epochs: int = 8
@@ -60,6 +61,7 @@ class Recipe:
     batch_size: int = 64
     weight_decay: float = 5e-4
     flip: bool = False
+    calibration: int = 10_000
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from orthoreg_ext.experiment.models import build_model
 from orthoreg_ext.experiment.train import accuracy
 from orthoreg_ext.pruning import Criterion
 
-CALIBRATION = 10_000  # training images that score the filters at most, as in OrthoReg's code
 CALIBRATION_SEED = 7
 
 
@@ -93,12 +92,12 @@ class Lab:
             self.example,
             criterion=criterion_of(criterion),
             ratio=ratio,
-            data=self.calibration(),
+            data=self.calibration(self.config.recipe.calibration),
             loss=nn.functional.cross_entropy,
             **options,
         )
 
-    def calibration(self, count: int = CALIBRATION) -> list[tuple[Tensor, Tensor]]:
+    def calibration(self, count: int) -> list[tuple[Tensor, Tensor]]:
         """Batches of the training images, always the same ones."""
         return list(self.some(count).batches())
 

@@ -1,6 +1,6 @@
 """Train every arm, cut every network in every way, fine-tune; all with the same budget.
 
-options.cut: lists of arguments of ``Lab.prune``; every combination is a cut.
+options.cuts: tables of lists of arguments of ``Lab.prune``; every combination in a table is a cut.
 options.samples: images of which the additivity gap is; 0 or missing for none.
 options.ablate: images on which filters are silenced in groups; 0 or missing for none.
 """
@@ -24,8 +24,12 @@ from orthoreg_ext.layers import filter_layers
 
 def stages(config: Config) -> Sequence[Sequence[Unit]]:
     """Networks first, then their cuts; all of a seed before the next one."""
-    grid = config.options["cut"]
-    cuts = [dict(zip(grid, way, strict=True)) for way in itertools.product(*grid.values())]
+    grids = config.options["cuts"]
+    cuts = [
+        dict(zip(grid, way, strict=True))
+        for grid in grids
+        for way in itertools.product(*grid.values())
+    ]
     nets = [
         {"model": model, "arm": arm, "seed": seed}
         for seed, model, arm in itertools.product(config.seeds, config.models, config.arms)
