@@ -1,0 +1,260 @@
+"""The cross: additivity, accuracy, whose the gain is, rare filters, sweeps and options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.report.figures import Figure, Line, Panel, Point
+from experiments.report.page import View
+from experiments.report.results import (
+    Result,
+    Row,
+    having,
+    lacking,
+    levels,
+    others,
+    paired,
+    split,
+)
+from experiments.report.spread import Spread, Value, difference, gather, of, over_layers
+from experiments.report.tables import caption, grid, label, listing, said
+
+Parts = Sequence[str | Figure]
+
+PLAIN = {"arm": "none", "criterion": "l1"}  # what a gain is a gain over
+SETTINGS = ("penalty", "strength", "side", "layer_weights", "weight_decay")
+
+
+def nets(result: Result) -> list[Row]:
+    """The networks before any cut."""
+    return lacking(result.rows, "criterion")
+
+
+def cuts(result: Result) -> list[Row]:
+    """The networks after one."""
+    return having(result.rows, "criterion")
+
+
+def cell(result: Result, path: str, form: str = ".1f", factor: float = 1.0) -> Any:
+    """A cell with one value."""
+    return lambda rows: gather(rows, of(path, factor), result.seeds).text(form)
+
+
+def both(result: Result) -> Any:
+    """A cell with the accuracy after fine-tuning, that after the cut, and what is left."""
+
+    def text(rows: Sequence[Row]) -> str:
+        tuned = gather(rows, of("finetuned"), result.seeds)
+        cut = gather(rows, of("cut"), result.seeds)
+        left = gather(rows, _left, result.seeds)
+        if not cut.values:
+            return tuned.text()
+        bare = Spread(cut.values, 0, 0, 0, cut.each).text()
+        return f"{tuned.text()}<br>cut {bare}, {left.mean:.0f} % MACs"
+
+    return text
+
+
+def _left(row: Row) -> float | None:
+    gone = row.value("saved.macs")
+    return None if gone is None else 100 * (1 - gone)
+
+
+def additivity(result: Result) -> Parts:
+    """Whether importances add up, arm by arm and layer by layer."""
+    rows = nets(result)
+    columns = {"accuracy, %": cell(result, "accuracy")}
+    for name, paths in {
+        "correlation": ("correlation",),
+        "gap less floor": ("gap", "floor"),
+        "ratio": ("ratio",),
+        "group error": ("error",),
+    }.items():
+        columns[name] = _of_layers(result, over_layers(*paths))
+    note = caption(result, rows, "Correlation, gap, ratio and error: mean over the layers.")
+    return [*listing(rows, ["arm"], columns, tables=["model"]), note, *_scatter(result)]
+
+
+def _of_layers(result: Result, value: Value) -> Any:
+    return lambda rows: gather(rows, value, result.seeds).text(".3g")
+
+
+def _scatter(result: Result) -> Parts:
+    rows = [row for row in nets(result) if not row.diverged]
+    panels = []
+    for model, mine in split(rows, ["model"]).items():
+        lines = []
+        for arm, there in split(mine, ["arm"]).items():
+            names = dict.fromkeys(n for row in there for n in row.values["layers"])
+            points = [_layer(there, name, result.seeds) for name in names]
+            lines.append(Line(arm[0], tuple(point for point in points if point)))
+        panels.append(Panel(model[0], tuple(line for line in lines if line.points)))
+    note = "Each point is a layer."
+    figure = Figure(
+        "additivity",
+        caption(result, rows, note),
+        "mean |correlation| of a layer's filters",
+        "group-importance error",
+        tuple(panels),
+        scatter=True,
+        log="x",
+    )
+    return [figure] if any(panel.lines for panel in panels) else []
+
+
+def _layer(rows: Sequence[Row], name: str, seeds: int) -> Point | None:
+    def value(key: str) -> Value:
+        return lambda row: difference(row.values["layers"].get(name, {}), key)
+
+    x, y = gather(rows, value("correlation"), seeds), gather(rows, value("error"), seeds)
+    return Point.of(x, y) if x.values and y.values else None
+
+
+def accuracy(result: Result) -> Parts:
+    """After fine-tuning and after the cut."""
+    rows = cuts(result)
+    tables = others(rows, "arm", "criterion", "ratio")
+    shown = grid(rows, ["ratio", "criterion"], ["arm"], both(result), tables=tables)
+    note = caption(result, rows, "Accuracy in percent after fine-tuning; below it after the cut.")
+    return [*shown, note, *_curves(result)]
+
+
+def _curves(result: Result) -> Parts:
+    rows = cuts(result)
+    if len(levels(rows, "ratio")) < 2:
+        return []
+    names = [*others(rows, "arm", "criterion", "ratio"), "criterion"]
+    panels = [
+        Panel(said(names, keys), lines_of(mine, "arm", "ratio", of("finetuned"), result.seeds))
+        for keys, mine in split(rows, names).items()
+    ]
+    note = caption(result, rows, "Lines: the mean; shaded: from the worst seed to the best.")
+    columns = min(5, len(levels(rows, "criterion")))
+    size = {"columns": columns}
+    y = "accuracy after fine-tuning, %"
+    return [Figure("accuracy", note, "ratio of filters removed", y, tuple(panels), **size)]
+
+
+def lines_of(rows: Sequence[Row], name: str, x: str, value: Value, seeds: int) -> tuple[Line, ...]:
+    """A line for every level of a key, over the levels of another."""
+    found = []
+    for level, mine in split(rows, [name]).items():
+        points = [(at[0], gather(there, value, seeds)) for at, there in split(mine, [x]).items()]
+        known = tuple(Point.of(at, spread) for at, spread in points if spread.values)
+        found.append(Line(label(name, level[0]), known))
+    return tuple(line for line in found if line.points)
+
+
+def effects(result: Result) -> Parts:
+    """Whose the gain is: the regulariser's or the scoring's."""
+    rows, parts = cuts(result), list[str | Figure]()
+    tables = others(rows, "arm", "criterion", "ratio")
+    panels: list[Panel] = []
+    for name, what in (("arm", "the regulariser"), ("criterion", "the scoring")):
+        base = PLAIN[name]
+        if base not in levels(rows, name) or len(levels(rows, name)) < 2:
+            continue
+        tuned, cut = (paired(rows, name, base, of(key)) for key in ("finetuned", "cut"))
+        parts.append(f"Gain of {what}: less `{base}`, all else alike, in points.")
+        after = dict(zip(map(_key, cut), cut, strict=True))
+        parts += grid(tuned, [name], ["ratio"], _gains(after, result.seeds), tables=tables)
+        for keys, mine in split(tuned, tables).items():
+            lines = lines_of(mine, name, "ratio", of("gain"), result.seeds)
+            title = ", ".join(part for part in (what, said(tables, keys)) if part)
+            panels.append(Panel(title, lines))
+    if not parts:
+        return []
+    note = "First after fine-tuning, below after the cut; averaged over the other factor in a seed."
+    parts.append(caption(result, rows, note, "`+ in`: the seeds with a gain above 0."))
+    return [*parts, *_gain_figure(result, rows, panels)]
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return (row.seed, *sorted((k, str(v)) for k, v in row.keys.items()))
+
+
+def _gains(after: Mapping[tuple[Any, ...], Row], seeds: int) -> Any:
+    def text(rows: Sequence[Row]) -> str:
+        tuned = gather(rows, of("gain"), seeds)
+        cut = gather([after[_key(row)] for row in rows], of("gain"), seeds)
+        if not tuned.values:
+            return tuned.text()
+        bare = Spread(cut.values, 0, 0, 0, cut.each).text("+.2f")
+        return f"{tuned.text('+.2f')}, {tuned.signs()}<br>cut {bare}"
+
+    return text
+
+
+def _gain_figure(result: Result, rows: Sequence[Row], panels: Sequence[Panel]) -> Parts:
+    if len(levels(rows, "ratio")) < 2:
+        return []
+    note = caption(result, rows, "Gain after fine-tuning. Lines: the mean; shaded: min to max.")
+    along, up = "ratio of filters removed", "gain in accuracy, points"
+    count = max(1, len(panels) // 2)
+    return [Figure("effects", note, along, up, tuple(panels), zero=True, columns=count)]
+
+
+def sweep(result: Result) -> Parts:
+    """One line an arm: its settings, the network, and every cut."""
+    rows = list(result.rows)
+    arms: Mapping[str, Mapping[str, Any]] = result.config["arms"]
+    told = [s for s in SETTINGS if len({str(arm.get(s)) for arm in arms.values()}) > 1]
+    columns: dict[str, Any] = {name.replace("_", " "): _setting(arms, name) for name in told}
+    columns["accuracy, %"] = lambda mine: cell(result, "accuracy")(lacking(mine, "criterion"))
+    correlation = _of_layers(result, over_layers("correlation"))
+    columns["correlation"] = lambda mine: correlation(lacking(mine, "criterion"))
+    names = others(cuts(result), "arm", "model")
+    for keys in split(cuts(result), names):
+        columns[said(names, keys) or "cut"] = _cut(result, names, keys)
+    note = caption(result, cuts(result), "Cuts: after fine-tuning; below it after the cut.")
+    return [*listing(rows, ["arm"], columns, tables=["model"]), note]
+
+
+def _setting(arms: Mapping[str, Mapping[str, Any]], name: str) -> Any:
+    def text(rows: Sequence[Row]) -> str:
+        arm = arms[rows[0].keys["arm"]]
+        known = arm.get(name) is not None and (arm.get("penalty") or name == "weight_decay")
+        return str(arm[name]) if known else "-"
+
+    return text
+
+
+def _cut(result: Result, names: Sequence[str], keys: tuple[Any, ...]) -> Any:
+    show = both(result)
+
+    def text(rows: Sequence[Row]) -> str:
+        mine = having(rows, "criterion")
+        return str(show([r for r in mine if tuple(r.keys.get(n) for n in names) == keys]))
+
+    return text
+
+
+def rare(result: Result) -> Parts:
+    """How many of the rarest filters are kept."""
+    rows = cuts(result)
+    tables = others(rows, "arm", "criterion", "ratio")
+    shown = grid(
+        rows, ["arm", "criterion"], ["ratio"], cell(result, "rare_kept", ".0f", 100), tables=tables
+    )
+    told = "Rarest quarter of each layer's filters: percent kept."
+    return [*shown, caption(result, rows, told, "Filters drawn at random: 1 less the ratio.")]
+
+
+def options(result: Result) -> Parts:
+    """One line a combination of the cut's options."""
+    rows = cuts(result)
+    down = [*others(rows, "ratio", "model")]
+    shown = grid(rows, down, ["ratio"], both(result), tables=["model"])
+    told = "Accuracy in percent after fine-tuning; below it after the cut."
+    return [*shown, caption(result, rows, told)]
+
+
+VIEWS: Mapping[str, View] = {
+    "additivity": additivity,
+    "accuracy": accuracy,
+    "effects": effects,
+    "rare": rare,
+    "sweep": sweep,
+    "options": options,
+}
