@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.report.cells import (
+    GAINS,
+    RATIO,
+    SHADE,
+    TWICE,
+    Parts,
+    accuracies,
+    gains,
+    lines_of,
+    single,
+)
 from experiments.report.figures import Figure, Line, Panel, Point
 from experiments.report.page import View
 from experiments.report.results import (
@@ -17,10 +28,8 @@ from experiments.report.results import (
     paired,
     split,
 )
-from experiments.report.spread import Spread, Value, difference, gather, of, over_layers
-from experiments.report.tables import caption, grid, label, listing, said
-
-Parts = Sequence[str | Figure]
+from experiments.report.spread import Value, difference, gather, of, over_layers
+from experiments.report.tables import caption, grid, listing, said
 
 PLAIN = {"arm": "none", "criterion": "l1"}  # what a gain is a gain over
 SETTINGS = ("penalty", "strength", "side", "layer_weights", "weight_decay")
@@ -36,35 +45,10 @@ def cuts(result: Result) -> list[Row]:
     return having(result.rows, "criterion")
 
 
-def cell(result: Result, path: str, form: str = ".1f", factor: float = 1.0) -> Any:
-    """A cell with one value."""
-    return lambda rows: gather(rows, of(path, factor), result.seeds).text(form)
-
-
-def both(result: Result) -> Any:
-    """A cell with the accuracy after fine-tuning, that after the cut, and what is left."""
-
-    def text(rows: Sequence[Row]) -> str:
-        tuned = gather(rows, of("finetuned"), result.seeds)
-        cut = gather(rows, of("cut"), result.seeds)
-        left = gather(rows, _left, result.seeds)
-        if not cut.values:
-            return tuned.text()
-        bare = Spread(cut.values, 0, 0, 0, cut.each).text()
-        return f"{tuned.text()}<br>cut {bare}, {left.mean:.0f} % MACs"
-
-    return text
-
-
-def _left(row: Row) -> float | None:
-    gone = row.value("saved.macs")
-    return None if gone is None else 100 * (1 - gone)
-
-
 def additivity(result: Result) -> Parts:
     """Whether importances add up, arm by arm and layer by layer."""
     rows = nets(result)
-    columns = {"accuracy, %": cell(result, "accuracy")}
+    columns = {"accuracy, %": single(result, "accuracy")}
     for name, paths in {
         "correlation": ("correlation",),
         "gap less floor": ("gap", "floor"),
@@ -115,8 +99,8 @@ def accuracy(result: Result) -> Parts:
     """After fine-tuning and after the cut."""
     rows = cuts(result)
     tables = others(rows, "arm", "criterion", "ratio")
-    shown = grid(rows, ["ratio", "criterion"], ["arm"], both(result), tables=tables)
-    note = caption(result, rows, "Accuracy in percent after fine-tuning; below it after the cut.")
+    shown = grid(rows, ["ratio", "criterion"], ["arm"], accuracies(result), tables=tables)
+    note = caption(result, rows, TWICE)
     return [*shown, note, *_curves(result)]
 
 
@@ -129,70 +113,45 @@ def _curves(result: Result) -> Parts:
         Panel(said(names, keys), lines_of(mine, "arm", "ratio", of("finetuned"), result.seeds))
         for keys, mine in split(rows, names).items()
     ]
-    note = caption(result, rows, "Lines: the mean; shaded: from the worst seed to the best.")
-    columns = min(5, len(levels(rows, "criterion")))
-    size = {"columns": columns}
-    y = "accuracy after fine-tuning, %"
-    return [Figure("accuracy", note, "ratio of filters removed", y, tuple(panels), **size)]
-
-
-def lines_of(rows: Sequence[Row], name: str, x: str, value: Value, seeds: int) -> tuple[Line, ...]:
-    """A line for every level of a key, over the levels of another."""
-    found = []
-    for level, mine in split(rows, [name]).items():
-        points = [(at[0], gather(there, value, seeds)) for at, there in split(mine, [x]).items()]
-        known = tuple(Point.of(at, spread) for at, spread in points if spread.values)
-        found.append(Line(label(name, level[0]), known))
-    return tuple(line for line in found if line.points)
+    note = caption(result, rows, SHADE)
+    y, columns = "accuracy after fine-tuning, %", min(5, len(levels(rows, "criterion")))
+    return [Figure("accuracy", note, RATIO, y, tuple(panels), columns=columns)]
 
 
 def effects(result: Result) -> Parts:
     """Whose the gain is: the regulariser's or the scoring's."""
-    rows, parts = cuts(result), list[str | Figure]()
+    rows, parts = cuts(result), list[str]()
     tables = others(rows, "arm", "criterion", "ratio")
     panels: list[Panel] = []
-    for name, what in (("arm", "the regulariser"), ("criterion", "the scoring")):
-        base = PLAIN[name]
-        if base not in levels(rows, name) or len(levels(rows, name)) < 2:
+    for name, base in PLAIN.items():
+        shown = gains(result, rows, name, base, tables=tables)
+        if not shown:
             continue
-        tuned, cut = (paired(rows, name, base, of(key)) for key in ("finetuned", "cut"))
-        parts.append(f"Gain of {what}: less `{base}`, all else alike, in points.")
-        after = dict(zip(map(_key, cut), cut, strict=True))
-        parts += grid(tuned, [name], ["ratio"], _gains(after, result.seeds), tables=tables)
-        for keys, mine in split(tuned, tables).items():
+        parts += shown
+        for keys, mine in split(paired(rows, name, base, of("finetuned")), tables).items():
             lines = lines_of(mine, name, "ratio", of("gain"), result.seeds)
-            title = ", ".join(part for part in (what, said(tables, keys)) if part)
+            title = ", ".join([f"over {base}", *([said(tables, keys)] if keys else [])])
             panels.append(Panel(title, lines))
     if not parts:
         return []
-    note = "First after fine-tuning, below after the cut; averaged over the other factor in a seed."
-    parts.append(caption(result, rows, note, "`+ in`: the seeds with a gain above 0."))
-    return [*parts, *_gain_figure(result, rows, panels)]
-
-
-def _key(row: Row) -> tuple[Any, ...]:
-    return (row.seed, *sorted((k, str(v)) for k, v in row.keys.items()))
-
-
-def _gains(after: Mapping[tuple[Any, ...], Row], seeds: int) -> Any:
-    def text(rows: Sequence[Row]) -> str:
-        tuned = gather(rows, of("gain"), seeds)
-        cut = gather([after[_key(row)] for row in rows], of("gain"), seeds)
-        if not tuned.values:
-            return tuned.text()
-        bare = Spread(cut.values, 0, 0, 0, cut.each).text("+.2f")
-        return f"{tuned.text('+.2f')}, {tuned.signs()}<br>cut {bare}"
-
-    return text
+    note = caption(result, rows, GAINS)
+    return [*parts, note, *_gain_figure(result, rows, panels)]
 
 
 def _gain_figure(result: Result, rows: Sequence[Row], panels: Sequence[Panel]) -> Parts:
     if len(levels(rows, "ratio")) < 2:
         return []
-    note = caption(result, rows, "Gain after fine-tuning. Lines: the mean; shaded: min to max.")
-    along, up = "ratio of filters removed", "gain in accuracy, points"
-    count = max(1, len(panels) // 2)
-    return [Figure("effects", note, along, up, tuple(panels), zero=True, columns=count)]
+    figure = Figure(
+        "effects",
+        caption(result, rows, "Gain after fine-tuning, all else alike.", SHADE),
+        RATIO,
+        "gain in accuracy, points",
+        tuple(panels),
+        zero=True,
+        columns=max(1, len(panels) // 2),
+        first=1,
+    )
+    return [figure]
 
 
 def sweep(result: Result) -> Parts:
@@ -201,7 +160,7 @@ def sweep(result: Result) -> Parts:
     arms: Mapping[str, Mapping[str, Any]] = result.config["arms"]
     told = [s for s in SETTINGS if len({str(arm.get(s)) for arm in arms.values()}) > 1]
     columns: dict[str, Any] = {name.replace("_", " "): _setting(arms, name) for name in told}
-    columns["accuracy, %"] = lambda mine: cell(result, "accuracy")(lacking(mine, "criterion"))
+    columns["accuracy, %"] = lambda mine: single(result, "accuracy")(lacking(mine, "criterion"))
     correlation = _of_layers(result, over_layers("correlation"))
     columns["correlation"] = lambda mine: correlation(lacking(mine, "criterion"))
     names = others(cuts(result), "arm", "model")
@@ -221,7 +180,7 @@ def _setting(arms: Mapping[str, Mapping[str, Any]], name: str) -> Any:
 
 
 def _cut(result: Result, names: Sequence[str], keys: tuple[Any, ...]) -> Any:
-    show = both(result)
+    show = accuracies(result)
 
     def text(rows: Sequence[Row]) -> str:
         mine = having(rows, "criterion")
@@ -235,7 +194,11 @@ def rare(result: Result) -> Parts:
     rows = cuts(result)
     tables = others(rows, "arm", "criterion", "ratio")
     shown = grid(
-        rows, ["arm", "criterion"], ["ratio"], cell(result, "rare_kept", ".0f", 100), tables=tables
+        rows,
+        ["arm", "criterion"],
+        ["ratio"],
+        single(result, "rare_kept", ".0f", 100),
+        tables=tables,
     )
     told = "Rarest quarter of each layer's filters: percent kept."
     return [*shown, caption(result, rows, told, "Filters drawn at random: 1 less the ratio.")]
@@ -245,9 +208,8 @@ def options(result: Result) -> Parts:
     """One line a combination of the cut's options."""
     rows = cuts(result)
     down = [*others(rows, "ratio", "model")]
-    shown = grid(rows, down, ["ratio"], both(result), tables=["model"])
-    told = "Accuracy in percent after fine-tuning; below it after the cut."
-    return [*shown, caption(result, rows, told)]
+    shown = grid(rows, down, ["ratio"], accuracies(result), tables=["model"])
+    return [*shown, caption(result, rows, TWICE)]
 
 
 VIEWS: Mapping[str, View] = {

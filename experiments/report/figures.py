@@ -14,6 +14,7 @@ from experiments.report.spread import Spread
 COLORS = ("#666666", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#a6761d")
 MARKERS = "osD^vPX*"
 COLUMNS = 4
+TICKS = 7  # where no more than so many places are measured, they are marked
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Figure:
         log: the axes that are logarithmic: ``""``, ``"x"``, ``"y"`` or ``"xy"``.
         zero: draw a line at 0.
         columns: of panels.
+        first: the place of the first series among the colours.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Figure:
     log: str = ""
     zero: bool = False
     columns: int = COLUMNS
+    first: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -114,7 +117,7 @@ def draw(figure: Figure) -> str:
             _fill(axes, figure, panel)
         drawn.supxlabel(figure.x, fontsize=9)
         drawn.supylabel(figure.y, fontsize=9)
-        drawn.legend(handles=_handles(figure), loc="outside lower center", ncols=5)
+        drawn.legend(handles=_handles(figure), loc="outside upper center", ncols=4)
         text: str = svg(drawn)
         plt.close(drawn)
     return f"{text}{figure.mark}\n"
@@ -140,10 +143,14 @@ def _fill(axes: Any, figure: Figure, panel: Panel) -> None:
             axes.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
     axes.set_xscale("log" if "x" in figure.log else "linear")
     axes.set_yscale("log" if "y" in figure.log else "linear")
+    known = sorted({point.x for line in panel.lines for point in line.points})
+    if not figure.scatter and len(known) <= TICKS:
+        axes.set_xticks(known, [f"{x:g}" for x in known])
+        axes.set_xticks([], minor=True)
 
 
 def _look(figure: Figure, name: str) -> dict[str, str]:
-    at = figure.names.index(name) % len(COLORS)
+    at = (figure.first + figure.names.index(name)) % len(COLORS)
     return {"color": COLORS[at], "marker": MARKERS[at]}
 
 

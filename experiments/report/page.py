@@ -108,7 +108,9 @@ def _run(result: Result) -> list[str]:
     ]
     parts += [f"{data['image_size']} x {data['image_size']}"] if data["image_size"] else []
     images = ", ".join([data["source"], *(parts or ["all"]), f"checksum {result.document['data']}"])
-    threads = "" if machine["device"] == "cuda" else f", {machine['threads']} threads a unit"
+    count = machine["threads"]
+    threads = f", {count} thread{'s' if count > 1 else ''} a unit"
+    threads = "" if machine["device"] == "cuda" else threads
     return [
         f"`{result.name}`",
         images,
