@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from orthoreg_ext.experiment.models import vgg
+from orthoreg_ext.experiment.models import resnet, vgg
 
 
 def thin_vgg(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
@@ -24,3 +24,8 @@ def linear_mlp(
     for number, (inputs, outputs) in enumerate(pairwise(widths), start=1):
         layers[f"linear{number}"] = nn.Linear(inputs, outputs)
     return nn.Sequential(layers)
+
+
+def resnet56(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
+    """ResNet-56 for small images: nine blocks a stage; its shortcuts are convolutions."""
+    return resnet(num_classes, in_channels, blocks=9)
