@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from experiments.report.cells import (
@@ -27,11 +28,13 @@ from experiments.report.results import (
     others,
     paired,
     split,
+    varying,
 )
 from experiments.report.spread import Value, difference, gather, of, over_layers
 from experiments.report.tables import caption, grid, listing, said
 
 PLAIN = {"arm": "none", "criterion": "l1"}  # what a gain is a gain over
+HOST = "alone"  # a criterion without variety around it
 SETTINGS = ("penalty", "strength", "side", "layer_weights", "weight_decay")
 
 
@@ -65,9 +68,8 @@ def _of_layers(result: Result, value: Value) -> Any:
 
 
 def _scatter(result: Result) -> Parts:
-    rows = [row for row in nets(result) if not row.diverged]
-    panels = []
-    for model, mine in split(rows, ["model"]).items():
+    rows, panels = nets(result), []
+    for model, mine in split([row for row in rows if not row.diverged], ["model"]).items():
         lines = []
         for arm, there in split(mine, ["arm"]).items():
             names = dict.fromkeys(n for row in there for n in row.values["layers"])
@@ -99,22 +101,24 @@ def accuracy(result: Result) -> Parts:
     """After fine-tuning and after the cut."""
     rows = cuts(result)
     tables = others(rows, "arm", "criterion", "ratio")
-    shown = grid(rows, ["ratio", "criterion"], ["arm"], accuracies(result), tables=tables)
+    down, across = (["ratio", "criterion"], "arm")
+    if not varying(rows, "arm"):
+        down, across = ["criterion"], "ratio"
+    shown = grid(rows, down, [across], accuracies(result), tables=tables)
     note = caption(result, rows, TWICE)
-    return [*shown, note, *_curves(result)]
+    return [*shown, note, *_curves(result, rows, "arm", [*tables, "criterion"])]
 
 
-def _curves(result: Result) -> Parts:
-    rows = cuts(result)
-    if len(levels(rows, "ratio")) < 2:
+def _curves(result: Result, rows: Sequence[Row], name: str, panels_by: Sequence[str]) -> Parts:
+    """A line for every level of a key."""
+    if len(levels(rows, "ratio")) < 2 or not varying(rows, name):
         return []
-    names = [*others(rows, "arm", "criterion", "ratio"), "criterion"]
     panels = [
-        Panel(said(names, keys), lines_of(mine, "arm", "ratio", of("finetuned"), result.seeds))
-        for keys, mine in split(rows, names).items()
+        Panel(said(panels_by, keys), lines_of(mine, name, "ratio", of("finetuned"), result.seeds))
+        for keys, mine in split(rows, panels_by).items()
     ]
     note = caption(result, rows, SHADE)
-    y, columns = "accuracy after fine-tuning, %", min(5, len(levels(rows, "criterion")))
+    y, columns = "accuracy after fine-tuning, %", min(5, len(levels(rows, panels_by[-1])))
     return [Figure("accuracy", note, RATIO, y, tuple(panels), columns=columns)]
 
 
@@ -206,10 +210,37 @@ def rare(result: Result) -> Parts:
 
 def options(result: Result) -> Parts:
     """One line a combination of the cut's options."""
-    rows = cuts(result)
-    down = [*others(rows, "ratio", "model")]
+    names = others(cuts(result), "ratio", "model", "arm", "criterion")
+
+    def named(row: Row) -> Row:
+        told = said(names, [row.keys.get(name) for name in names])
+        keys = {key: level for key, level in row.keys.items() if key not in names}
+        return replace(row, keys={**keys, "options": told})
+
+    rows = [named(row) for row in cuts(result)]
+    down = ["arm", "criterion", "options"]
     shown = grid(rows, down, ["ratio"], accuracies(result), tables=["model"])
     return [*shown, caption(result, rows, TWICE)]
+
+
+def variety(result: Result) -> Parts:
+    """What variety adds to the criterion that it hosts."""
+    rows = [_hosted(row) for row in cuts(result)]
+    tables = [*others(rows, "host", "mode", "ratio"), "host"]
+    shown = gains(result, rows, "mode", HOST, tables=tables)
+    if not shown:
+        return []
+    return [*shown, caption(result, rows, GAINS), *_curves(result, rows, "mode", tables)]
+
+
+def _hosted(row: Row) -> Row:
+    """With ``variety(HOST, MODE)`` taken apart."""
+    keys = dict(row.keys)
+    name = keys.pop("criterion")
+    host, mode = name, HOST
+    if name.startswith("variety("):
+        host, _, mode = name.removeprefix("variety(").removesuffix(")").partition(", ")
+    return replace(row, keys={**keys, "host": host, "mode": mode or "pairwise"})
 
 
 VIEWS: Mapping[str, View] = {
@@ -219,4 +250,5 @@ VIEWS: Mapping[str, View] = {
     "rare": rare,
     "sweep": sweep,
     "options": options,
+    "variety": variety,
 }

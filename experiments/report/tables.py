@@ -9,21 +9,28 @@ from typing import Any
 from benchmarks.readme import markdown
 from experiments.report.results import Result, Row, split, varying
 
-BARE = ("model", "arm", "criterion", "scope", "method")  # levels that say what they are
+BARE = (
+    "model",
+    "arm",
+    "criterion",
+    "scope",
+    "method",
+    "host",
+    "mode",
+)  # levels that say what they are
 Cell = Callable[[Sequence[Row]], str]
 
 
 def label(name: str, level: Any) -> str:
     """A level of a key, in words."""
-    if level is None:
-        return f"no {name}"
     said = level if isinstance(level, str) else json.dumps(level)
     return said if name in BARE else f"{name.replace('_', ' ')} {said}"
 
 
 def said(names: Sequence[str], keys: Sequence[Any]) -> str:
-    """Levels of keys, in words."""
-    return ", ".join(label(name, key) for name, key in zip(names, keys, strict=True))
+    """Levels of keys, in words; what a unit does not say is as it is by default."""
+    known = [label(n, key) for n, key in zip(names, keys, strict=True) if key is not None]
+    return ", ".join(known) or ("default" if names else "")
 
 
 def grid(
@@ -61,7 +68,7 @@ def grid(
 def text(level: Any) -> str:
     """A level below the name of its key."""
     if level is None:
-        return "-"
+        return "default"
     return level if isinstance(level, str) else json.dumps(level)
 
 
@@ -91,4 +98,7 @@ def caption(result: Result, rows: Sequence[Row], *parts: str) -> str:
     alike = [name for name in names if name not in varying(rows, *names)]
     everywhere = said(alike, [rows[0].keys[name] for name in alike]) if rows else ""
     seeds = f"Mean (min..max) over {result.seeds} seeds"
-    return " ".join([*parts, f"{seeds}{'; ' + everywhere if everywhere else ''}."])
+    seeds = f"{seeds}; {everywhere}." if everywhere else f"{seeds}."
+    diverged = sum(row.diverged for row in rows)
+    lost = f"{diverged} of {len(rows)} runs diverged and are in no mean." if diverged else ""
+    return " ".join(part for part in (*parts, seeds, lost) if part)
