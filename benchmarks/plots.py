@@ -46,13 +46,13 @@ def draw(results: Record, folder: Path) -> list[Path]:
             figure = make(plt, results)
             if figure is not None:
                 path = folder / f"{name}.svg"
-                path.write_text(_svg(figure))
+                path.write_text(svg(figure))
                 plt.close(figure)
                 written.append(path)
     return written
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
     """The same text for the same records."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

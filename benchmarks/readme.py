@@ -47,7 +47,7 @@ def _machine(result: Record) -> str:
     return "\n\n".join([head, *(table for table in tables if table), *shown])
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
     head, *rest = rows
     lines = [head, ["---"] * len(head), *rest]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -91,7 +91,7 @@ def _penalty(result: Record) -> str:
             for way in BASELINES
         ]
         rows.append([*_own(cases[0], "orthoreg_ext"), *ratios])
-    return _markdown(rows) if len(rows) > 1 else ""
+    return markdown(rows) if len(rows) > 1 else ""
 
 
 def _scores(result: Record) -> str:
@@ -100,7 +100,7 @@ def _scores(result: Record) -> str:
         if "orthoreg_ext-both" in case["rows"]:
             ratio = _ratio([case], "eager-both", "orthoreg_ext-both")
             rows.append([*_own(case, "orthoreg_ext-both"), ratio])
-    return _markdown(rows) if len(rows) > 1 else ""
+    return markdown(rows) if len(rows) > 1 else ""
 
 
 def _step(result: Record) -> str:
@@ -111,7 +111,7 @@ def _step(result: Record) -> str:
         if plain:
             shares = [percent(case["rows"].get(name, {}).get("ratio")) or "-" for name in names]
             rows.append([case["model"] + _busy(case), spread(plain["ms"]), *shares])
-    return _markdown(rows) if len(rows) > 1 else ""
+    return markdown(rows) if len(rows) > 1 else ""
 
 
 def rewritten(readme: str, results: Sequence[Record]) -> str:

@@ -130,6 +130,11 @@ class Config:
         arms = {name: asdict(arm) for name, arm in self.arms.items()}
         return json.loads(json.dumps({**asdict(self), "arms": arms}))  # type: ignore[no-any-return]
 
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What the numbers of a unit depend on; more seeds only add units."""
+        return {k: v for k, v in self.document().items() if k not in ("title", "seeds")}
+
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Config:
         """From a document, as a TOML file has it.

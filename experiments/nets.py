@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from orthoreg_ext.experiment.models import vgg
+from orthoreg_ext.experiment.models import resnet, vgg
 
 
 def thin_vgg(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
@@ -24,3 +24,19 @@ def linear_mlp(
     for number, (inputs, outputs) in enumerate(pairwise(widths), start=1):
         layers[f"linear{number}"] = nn.Linear(inputs, outputs)
     return nn.Sequential(layers)
+
+
+def resnet56(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
+    """ResNet-56 for small images: nine blocks a stage; its shortcuts are convolutions."""
+    return resnet(num_classes, in_channels, blocks=9)
+
+
+def resnet20(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
+    """ResNet-20 for small images: three blocks a stage; its shortcuts are convolutions."""
+    return resnet(num_classes, in_channels, blocks=3)
+
+
+def vgg13(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
+    """The ten convolutions of VGG-13 with BatchNorm, and one linear layer; the first is 5 x 5."""
+    widths: list[int | str] = [64, 64, "pool", 128, 128, "pool", 256, 256, "pool", 512, 512]
+    return vgg(num_classes, in_channels, [*widths, "pool", 512, 512])

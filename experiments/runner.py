@@ -2,7 +2,8 @@
 
 A unit is a dict of parameters. What it measures goes to a file of its own, whole or not at all, and
 is not measured again; the folder's name tells the configuration and the data apart, so that another
-one begins anew. Units of a stage begin when the stage before is done: they read its networks.
+one begins anew (more seeds go on). Units of a stage begin when the stage before is done: they read
+its networks.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def run(config: Config, place: Place, *, jobs: int = 1, minutes: float | None = 
     _check_machine(config)
     dataset = data.load(config.data, place.images, place.work)
     checksum = f"{dataset.checksum:08x}"
-    folder = place.work / f"{config.name}-{fingerprint(config.document(), versions(), checksum)}"
+    folder = place.work / f"{config.name}-{fingerprint(config.kind, versions(), checksum)}"
     _make(folder)
     _make(place.results)
     total = sum(len(stage) for stage in stages)

@@ -1,0 +1,101 @@
+"""What does the regulariser cost? Seconds of a training step: without it, with ours, with eager's.
+
+All ways are timed in turn, round by round, on a batch of the training images; rounds that other
+processes disturbed are left out. Run it with one process, on a machine that does nothing else.
+
+options.batch_size: images a step; options.budget: seconds of one unit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+import orthoreg_ext as ox
+from benchmarks.baselines import eager_penalty
+from experiments.config import Config
+from experiments.lab import Lab
+from experiments.runner import Unit, Values
+from experiments.training import sgd
+from orthoreg_ext import timing
+
+STRENGTH, RATE = 1e-4, 1e-4  # the loss must stay finite for as long as it is timed
+WITHOUT = "without"
+
+
+def stages(config: Config) -> Sequence[Sequence[Unit]]:
+    """One unit a network."""
+    pairs = itertools.product(config.seeds, config.models)
+    return [[{"model": model, "seed": seed} for seed, model in pairs]]
+
+
+def measure(lab: Lab, unit: Unit) -> Values:
+    """Milliseconds and ratios, each the median and where the middle half of the rounds lies."""
+    options, device = lab.config.options, lab.config.device
+    images, labels = lab.train.batch(slice(0, options["batch_size"]))
+    steps = {
+        name: _step(lab.fresh(unit["model"], unit["seed"]).train(), images, labels, add)
+        for name, add in WAYS.items()
+    }
+    load = timing.watch(device)
+    found = timing.measure(steps, device, options["budget"], load=load)
+    return {
+        "ms": {name: found.spread(name, 1e3).as_dict() for name in steps},
+        "ratio": {name: found.ratio(name, WITHOUT).as_dict() for name in steps},
+        **found.about(),
+    }
+
+
+Term = Callable[[], Tensor]
+Add = Callable[[nn.Module, torch.optim.Optimizer], Term | None]
+
+
+def _without(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    return None
+
+
+def _attached(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    _regularizer(net).attach(optimizer)
+
+
+def _in_the_loss(net: nn.Module, optimizer: torch.optim.Optimizer) -> Term:
+    return _regularizer(net)
+
+
+def _eager(net: nn.Module, optimizer: torch.optim.Optimizer) -> Term:
+    rows = _regularizer(net).report()
+    weights: list[Tensor] = [net.get_submodule(row.name).weight for row in rows]  # type: ignore[misc]
+    return lambda: STRENGTH * eager_penalty(weights)
+
+
+def _regularizer(net: nn.Module) -> ox.OrthoRegularizer:
+    return ox.OrthoRegularizer(net, "so", STRENGTH, side="rows", layer_weights="uniform")
+
+
+WAYS: dict[str, Add] = {
+    WITHOUT: _without,
+    "reg.attach": _attached,
+    "loss + reg()": _in_the_loss,
+    "eager": _eager,
+}
+
+
+def _step(net: nn.Module, images: Tensor, labels: Tensor, add: Add) -> Callable[[], None]:
+    optimizer = sgd(net, 0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    term = add(net, optimizer)
+
+    def step() -> None:
+        loss = nnf.cross_entropy(net(images), labels)
+        if term is not None:
+            loss = loss + term()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step

@@ -1,0 +1,1 @@
+"""Tables and figures of ``docs/evidence.md``, made of the results alone."""
