@@ -32,7 +32,7 @@ class Asked:
     measured: list[int] = field(default_factory=list)
 
     def stages(self, config: Config) -> Sequence[Sequence[Unit]]:
-        units = [{"seed": seed, "number": 3 * seed + i} for seed in (0, 1) for i in range(3)]
+        units = [{"seed": seed, "number": 3 * seed + i} for seed in config.seeds for i in range(3)]
         return units[:3], units[3:]
 
     def measure(self, lab: Lab, unit: Unit) -> dict[str, Any]:
@@ -89,6 +89,12 @@ def test_what_is_done_is_not_done_again(tiny: Configs, place: Place, asked: Aske
     run(tiny(recipe={"lr": 0.2}), place)  # another configuration begins anew
     run(tiny(data={"train": 65}), place)
     assert asked.measured == [*range(6)] * 3
+
+
+def test_more_seeds_go_on_with_what_is_there(tiny: Configs, place: Place, asked: Asked) -> None:
+    assert len(values(run(tiny(seeds=[0]), place))) == 3
+    assert values(run(tiny(), place)) == EXPECTED
+    assert asked.measured == list(range(6))
 
 
 def test_other_images_begin_anew(
