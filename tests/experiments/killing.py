@@ -19,7 +19,7 @@ from experiments import training
 
 KILLS = 8
 NETS = 4  # units of the first stage
-PATIENCE = 120.0  # seconds, of what takes one
+PATIENCE = 90.0  # seconds, of what takes one
 
 
 def child(folder: Path, name: str, jobs: int, hook: Any = lambda: None) -> int:
@@ -113,7 +113,11 @@ def kill_workers(folder: Path) -> None:
     assert len(workers) >= 3, workers
     os.kill(pid, signal.SIGKILL)
     assert ended(pid) == -signal.SIGKILL
-    wait_for(lambda: not members(pid), "the end of the workers")
+    try:
+        wait_for(lambda: not members(pid), "the end of the workers")
+    finally:
+        for left in members(pid):
+            os.kill(left, signal.SIGKILL)
     done = list((folder / "workers").glob("kill-*/unit-*.json"))
     print("killed with", len(done), "units done")
     assert ended(child(folder, "workers", 2)) == 0
