@@ -24,7 +24,7 @@ BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -t
 FORMATTED = $(shell find csrc tests scripts -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile-gate bench readme wheel check-wheel gpu-check build emulator fuzz fresh-wheels docs clean
+.PHONY: help demo test lint compile-gate bench experiments readme wheel check-wheel gpu-check build emulator fuzz fresh-wheels docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -112,6 +112,16 @@ bench: $(STAMPS)/build-test ## the benchmarks, under 5 minutes; FULL=1: every mo
 		$(if $(filter-out 0,$(FULL)),--full) $(BENCH_ARGS); status=$$?; \
 	[ ! -e build/bench/records.json ] || $(PY) -m benchmarks.report build/bench/records.json \
 		|| exit 1; exit $$status
+
+# Some of experiments/configs by name; images other than the digits are looked for in DATA. Run again,
+# it goes on with what was stopped. EXPERIMENT_ARGS="--minutes 30 --jobs 1" for other options.
+NAMES ?= $(basename $(notdir $(shell grep -LE '^source *=' experiments/configs/*.toml)))
+DATA ?= data
+EXPERIMENT_ARGS ?=
+
+experiments: $(STAMPS)/build-test ## the experiments on digits; NAMES="..." DATA=DIR for others
+	@OMP_NUM_THREADS=1 $(STEP) "experiments" -- $(PY) -m experiments $(NAMES) --data '$(DATA)' \
+		--jobs $(JOBS) $(EXPERIMENT_ARGS)
 
 readme: $(STAMPS)/packages-dev ## the README's benchmark table and figure from benchmarks/results
 	@$(PY) -m benchmarks.readme

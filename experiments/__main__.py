@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from experiments.config import CONFIGS, load
@@ -27,12 +29,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="begin nothing new after so many")
     options = parser.parse_args(argv)
     place = Place(options.data, options.work, options.results)
+    begin = time.monotonic()
     try:
+        if options.jobs < 1:
+            raise ValueError(f"--jobs is {options.jobs}, expected a number of at least 1")
+        if options.minutes is not None and not options.minutes >= 0:
+            raise ValueError(f"--minutes is {options.minutes}, expected a number of at least 0")
         for config in [load(name) for name in options.names]:
-            path = run(config, place, jobs=options.jobs, minutes=options.minutes)
+            left = None  # of the minutes of the whole call
+            if options.minutes is not None:
+                left = options.minutes - (time.monotonic() - begin) / 60
+            path = run(config, place, jobs=options.jobs, minutes=left)
             print(f"written: {path}", flush=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        text = error.strerror if isinstance(error, OSError) and not error.filename else None
+        print(f"error: {text or error}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        print(
+            "error: a process was killed from outside, perhaps for its memory; what is done stays: "
+            "run the same command again, with a smaller --jobs",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

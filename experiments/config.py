@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from orthoreg_ext.errors import choose, unknown_name
+from orthoreg_ext.settings import check_penalty
+from orthoreg_ext.sides import SIDES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,6 +21,15 @@ else:
     import tomli as tomllib
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+KINDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    Mapping: "a table",
+}
+POSITIVE = {"train", "test", "image_size", "batch_size", "calibration", "threads"}
 
 
 @dataclass(frozen=True)
@@ -131,29 +143,92 @@ class Config:
             ValueError: a key is unknown or missing, or has a value of another type.
         """
         parts = dict(document)
-        arms = parts.pop("arms", {"none": {}})
+        arms = checked("arms", parts.pop("arms", {"none": {}}), Mapping)
         built = {
             "data": _built(Data, parts.pop("data", {}), "data"),
             "recipe": _built(Recipe, parts.pop("recipe", {}), "recipe"),
-            "arms": {name: _built(Arm, arm, f"arms.{name}") for name, arm in arms.items()},
-            **{key: tuple(parts.pop(key)) for key in ("models", "seeds") if key in parts},
+            "arms": {name: _arm(arm, f"arms.{name}") for name, arm in arms.items()},
         }
         config: Config = _built(cls, {**parts, **built}, "")
         choose("device", config.device, ("cpu", "cuda"))
-        if not config.seeds or not config.models or not config.arms:
-            raise ValueError("models, seeds and arms must not be empty")
+        if not config.arms:
+            raise ValueError("arms is empty, expected one at least: leave it out for one of none")
+        if Path(config.name).name != config.name:  # it names files
+            raise ValueError(f"name is {config.name!r}, expected one that can be a file's")
         return config
 
 
-def _built(kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    names = [entry.name for entry in fields(kind)]
-    for name in values:
-        if name not in names:
-            raise unknown_name(f"key in [{where}]" if where else "key", name, names)
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{where or 'the configuration'}: {error}") from error
+def _built(kind: Any, values: object, where: str) -> Any:
+    hints = get_type_hints(kind)
+    table = checked(where, values, Mapping)
+    for name in table:
+        if name not in hints:
+            raise unknown_name(f"key in [{where}]" if where else "key", name, hints)
+    needed = [e.name for e in fields(kind) if e.default is MISSING and e.default_factory is MISSING]
+    for name in needed:
+        if name not in table:
+            raise ValueError(f"the key {name!r} is missing")
+    prefix = f"{where}." if where else ""
+    return kind(**{key: _value(prefix + key, table[key], hints[key]) for key in table})
+
+
+def _value(key: str, value: object, hint: Any) -> Any:
+    """A value of a key, checked against the type of the field."""
+    if hint in (Data, Recipe):
+        return value  # made by then
+    if get_origin(hint) is Mapping:
+        return checked(key, value, Mapping)
+    kind, *others = get_args(hint) or (hint,)
+    if get_origin(hint) is not tuple:
+        return None if value is None and type(None) in others else checked(key, value, kind)
+    found = tuple(checked(f"{key}[{i}]", part, kind) for i, part in enumerate(_list(key, value)))
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"{key} is {list(found)}, expected one at least, and none twice")
+    return found
+
+
+def _list(key: str, value: object) -> Sequence[Any]:
+    return value if isinstance(value, tuple) else checked(key, value, list)
+
+
+def checked(key: str, value: object, kind: Any) -> Any:
+    """The value, if it is of a kind of `KINDS`; no number is negative."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    fits = whole if kind is int else isinstance(value, kind) or (kind is float and whole)
+    if not fits:
+        raise ValueError(f"{key} is {value!r}, expected {KINDS[kind]}")
+    if kind in (int, float):
+        least = 1 if key.rpartition(".")[2] in POSITIVE else 0
+        if not math.isfinite(value) or value < least:  # type: ignore[arg-type, operator]
+            raise ValueError(f"{key} is {value!r}, expected {KINDS[kind]} of at least {least}")
+    return value
+
+
+def _arm(values: object, where: str) -> Arm:
+    arm: Arm = _built(Arm, values, where)
+    if arm.penalty is not None:
+        try:
+            choose("side", arm.side, SIDES)
+            check_penalty(arm.penalty, arm.side, arm.layer_weights, "conv", None)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+    return arm
+
+
+def check_options(config: Config, kinds: Mapping[str, type]) -> None:
+    """Checks the options of a question, so that none is misspelt and left without effect.
+
+    Args:
+        config: the configuration.
+        kinds: name -> type of each option that the question knows, of `KINDS`.
+
+    Raises:
+        ValueError: an option is unknown, or has a value of another type or a negative one.
+    """
+    for key, value in config.options.items():
+        if key not in kinds:
+            raise unknown_name("key in [options]", key, kinds)
+        checked(f"options.{key}", value, kinds[key])
 
 
 def load(name: str | Path) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -39,15 +40,16 @@ def load(data: Data, folder: Path, cache: Path) -> Dataset:
             )
         source = str(_as_npz(path, cache) if path.name in TORCHVISION else path)
     found = load_dataset(source, data.image_size)
-    train, test = _some(found.train, data.train), _some(found.test, data.test)
+    train = _some(found.train, data.train, "data.train")
+    test = _some(found.test, data.test, "data.test")
     return replace(found, source=data.source, train=train, test=test)
 
 
-def _some(samples: Samples, count: int | None) -> Samples:
+def _some(samples: Samples, count: int | None, key: str) -> Samples:
     if count is None:
         return samples
     if not 0 < count <= len(samples):
-        raise ValueError(f"data: {count} images are asked for, there are {len(samples)}")
+        raise ValueError(f"{key} is {count}, expected at most the {len(samples)} images there are")
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(SUBSET_SEED))
     chosen = order[:count].sort().values
     return replace(samples, images=samples.images[chosen], labels=samples.labels[chosen])
@@ -62,8 +64,21 @@ def _as_npz(folder: Path, cache: Path) -> Path:
     path = cache / f"{folder.name}.npz"
     if path.exists():
         return path
-    kind: Any = getattr(require("torchvision.datasets"), TORCHVISION[folder.name])
-    train, test = (kind(str(folder.parent), train=part) for part in (True, False))
+    name = TORCHVISION[folder.name]
+    try:
+        kind: Any = getattr(require("torchvision.datasets"), name)
+    except (ImportError, RuntimeError) as error:  # the latter: it is of another torch
+        raise ValueError(
+            f"data {folder.name!r} is read by torchvision, which cannot be imported ({error}); "
+            "install the one that goes with your torch: pip install torchvision"
+        ) from error
+    try:
+        train, test = (kind(str(folder.parent), train=part) for part in (True, False))
+    except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError) as error:
+        raise ValueError(
+            f"data {str(folder)!r} is damaged or incomplete ({error}); remove it and download it "
+            f"again: torchvision.datasets.{name}({str(folder.parent)!r}, download=True)"
+        ) from error
     content = io.BytesIO()
     np.savez(
         content,

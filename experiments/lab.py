@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from experiments.config import Arm, Config, fingerprint
 from experiments.training import Fit, fit
 from orthoreg_ext import OrthoRegularizer, build_info, pruning
+from orthoreg_ext.errors import unknown_name
 from orthoreg_ext.experiment.data import Dataset, Samples
 from orthoreg_ext.experiment.models import build_model
 from orthoreg_ext.experiment.train import accuracy
 from orthoreg_ext.pruning import Criterion
+from orthoreg_ext.pruning.rules import Rules
+from orthoreg_ext.pruning.schedule import check_ratio, check_rounds
 
 CALIBRATION_SEED = 7
 
@@ -118,10 +121,30 @@ class Lab:
         return self.folder / f"{kind}-{fingerprint(key)}.safetensors"
 
 
+def check_cut(cut: Mapping[str, Any], where: str) -> None:
+    """Checks arguments of :meth:`Lab.prune` before anything is trained for them.
+
+    Raises:
+        ValueError: one is unknown, missing or out of range.
+    """
+    rules = dict(cut)
+    try:
+        if missing := {"criterion", "ratio"} - cut.keys():
+            raise ValueError(f"{' and '.join(sorted(missing))} missing in {dict(cut)}")
+        known = {"ratio", "rounds", *(entry.name for entry in fields(Rules))}
+        for key in cut.keys() - known:
+            raise unknown_name("argument of a cut", key, known)
+        check_ratio(rules.pop("ratio"))
+        check_rounds(rules.pop("rounds", 1))
+        Rules(**{**rules, "criterion": criterion_of(rules["criterion"])})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def criterion_of(name: str) -> str | Criterion:
     """A criterion by its name; ``variety(HOST)`` and ``variety(HOST, MODE)`` are made here."""
-    if not name.startswith("variety("):
-        return name
+    if not (isinstance(name, str) and name.startswith("variety(") and name.endswith(")")):
+        return name  # also what is none: it is refused by name where it is looked up
     host, _, mode = name.removeprefix("variety(").removesuffix(")").partition(",")
     return pruning.variety(host.strip(), mode.strip() or "pairwise")
 

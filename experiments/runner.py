@@ -2,15 +2,18 @@
 
 A unit is a dict of parameters. What it measures goes to a file of its own, whole or not at all, and
 is not measured again; the folder's name tells the configuration and the data apart, so that another
-one begins anew (more seeds go on). Units of a stage begin when the stage before is done: they read its networks.
+one begins anew (more seeds go on). Units of a stage begin when the stage before is done: they read
+its networks.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import statistics
 import threading
 import time
@@ -22,15 +25,19 @@ from typing import Any, Protocol
 
 import torch
 
-from experiments import data
+from experiments import data, questions
 from experiments.config import Config, fingerprint
 from experiments.lab import Lab, versions
+from experiments.training import REMEDY
+from orthoreg_ext.errors import choose
 from orthoreg_ext.experiment.files import write_atomic
+from orthoreg_ext.experiment.models import model_factory
 from orthoreg_ext.experiment.train import DivergedError, deterministic
 from orthoreg_ext.machine import describe
 
 RESULTS = Path(__file__).resolve().parent / "results"
-REMEDY = "make room or mend the folder, then run the same command again"
+
+FOUND = {"unit", "values", "seconds"}  # what the file of a unit holds
 
 Unit = Mapping[str, Any]
 Values = dict[str, Any]
@@ -61,13 +68,9 @@ def question_of(config: Config) -> Question:
     Raises:
         ValueError: there is none of that name.
     """
-    name = f"experiments.questions.{config.question}"
-    try:
-        found: Any = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ValueError(f"question {config.question!r} is no module of questions/") from error
+    names = [module.name for module in pkgutil.iter_modules(questions.__path__)]
+    name = choose("question", config.question, names)
+    found: Any = importlib.import_module(f"experiments.questions.{name}")
     return found  # type: ignore[no-any-return]
 
 
@@ -87,13 +90,15 @@ def run(config: Config, place: Place, *, jobs: int = 1, minutes: float | None = 
         ValueError: the configuration or the images do not do.
         OSError: something cannot be written; what was done stays.
     """
+    stages = _stages(config)
+    _check_machine(config)
     dataset = data.load(config.data, place.images, place.work)
     checksum = f"{dataset.checksum:08x}"
     folder = place.work / f"{config.name}-{fingerprint(config.kind, versions(), checksum)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    stages = [list(stage) for stage in question_of(config).stages(config)]
+    _make(folder)
+    _make(place.results)
     total = sum(len(stage) for stage in stages)
-    left = [[unit for unit in stage if not _file(folder, unit).exists()] for stage in stages]
+    left = [[unit for unit in stage if _found(folder, unit) is None] for stage in stages]
     count = total - sum(len(stage) for stage in left)
     print(f"{config.name}: {total} units, {count} done before", flush=True)
     begin, seconds = time.monotonic(), list[float]()
@@ -113,7 +118,44 @@ def run(config: Config, place: Place, *, jobs: int = 1, minutes: float | None = 
                 break  # the next stage reads its networks
     finally:
         path = collect(config, place, folder, checksum)
+    print(f"{config.name}: {count} of {total} units are done", flush=True)
     return path
+
+
+def _stages(config: Config) -> list[list[Unit]]:
+    """The units, stage by stage, each with a file of its own."""
+    stages = [list(stage) for stage in question_of(config).stages(config)]
+    units = [unit for stage in stages for unit in stage]
+    if not units:
+        raise ValueError(f"{config.name}: question {config.question!r} has no unit to measure")
+    named = {_file(Path(), unit): unit for unit in units}
+    for unit in units:
+        if named[_file(Path(), unit)] is not unit:
+            raise ValueError(
+                f"{config.name}: two units are one: {said(unit)}; expected no value twice in a list"
+            )
+    return stages
+
+
+def _check_machine(config: Config) -> None:
+    """What would fail in the middle otherwise."""
+    for model in config.models:
+        model_factory(model)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no GPU here; set device = \"cpu\"")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the folder {str(folder)!r} cannot be written ({error.strerror}); mend it, or choose "
+            "another one with --work or --results",
+        ) from error
 
 
 def said(unit: Unit) -> str:
@@ -122,21 +164,25 @@ def said(unit: Unit) -> str:
 
 
 def collect(config: Config, place: Place, folder: Path, checksum: str) -> Path:
-    """Writes the results of all units that are done, in the order of the question."""
-    stages = question_of(config).stages(config)
-    files = [_file(folder, unit) for stage in stages for unit in stage]
-    units = [json.loads(path.read_text()) for path in files if path.exists()]
+    """Writes the results of all units that are done, in the order of the question.
+
+    Results that are there already stay as long as there are none.
+    """
+    planned = [unit for stage in _stages(config) for unit in stage]
+    units = [found for unit in planned if (found := _found(folder, unit)) is not None]
     machine = describe(config.device)
     document = {
         "config": config.document(),
         "machine": {**machine, "threads": config.threads},
         "data": checksum,
-        "planned": len(files),
+        "planned": len(planned),
         "seconds": sum(unit["seconds"] for unit in units),
         "units": units,
     }
-    path = place.results / machine["slug"] / f"{config.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = place.results / str(machine["slug"]) / f"{config.name}.json"
+    if not units and path.exists():
+        return path
+    _make(path.parent)
     write_atomic(path, _lines(document).encode(), REMEDY)
     return path
 
@@ -150,6 +196,22 @@ def _lines(document: Mapping[str, Any]) -> str:
 
 def _file(folder: Path, unit: Unit) -> Path:
     return folder / f"unit-{fingerprint(dict(unit))}.json"
+
+
+def _found(folder: Path, unit: Unit) -> dict[str, Any] | None:
+    """What was measured of a unit; None, too, where its file is damaged: it is measured again."""
+    path = _file(folder, unit)
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        found = None
+    whole = isinstance(found, dict) and found.keys() == FOUND
+    if whole and found["unit"] == json.loads(json.dumps(dict(unit))):
+        return dict(found)
+    print(f"{str(path)!r} is damaged: measured again", flush=True)
+    return None
 
 
 def _done(
@@ -209,5 +271,9 @@ def _do(unit: Unit) -> float:
         values = {"diverged": str(error)}  # a result, too
     seconds = time.monotonic() - begin
     found = {"unit": dict(unit), "values": values, "seconds": round(seconds, 2)}
-    write_atomic(_file(folder, unit), json.dumps(found).encode(), REMEDY)
+    try:
+        text = json.dumps(found, allow_nan=False)
+    except ValueError as error:  # a network can be lost although its loss was a number
+        text = json.dumps({**found, "values": {"diverged": f"a value is not finite ({error})"}})
+    write_atomic(_file(folder, unit), text.encode(), REMEDY)
     return seconds

@@ -20,12 +20,15 @@ from orthoreg_ext.experiment.state import (
     restore_training,
     save_state,
     training_tensors,
+    under,
 )
 from orthoreg_ext.experiment.train import DivergedError, cosine, shift
 from orthoreg_ext.pruning.methods.method import Method
 
 MOMENTUM = 0.9
 PAUSE = 20.0  # seconds of work that a kill may cost
+VECTORS = "regularizer."  # the names of what it remembers: srip's eigenvectors
+REMEDY = "make room or mend the folder, then run the same command again"
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def fit(
     """
     optimizer = sgd(net, how.weight_decay)
     driven = None if method is None else method(optimizer)
-    progress = _restored(net, optimizer, driven, store)
+    progress = _restored(net, optimizer, driven, regularizer, store)
     last = time.monotonic()
     while progress.epoch < how.epochs:
         _epoch(net, optimizer, samples, how, progress.epoch, regularizer, driven)
@@ -112,7 +115,7 @@ def fit(
         if over and driven is not None:
             driven.finish()
         if store is not None and (over or time.monotonic() - last > PAUSE):
-            _save(net, optimizer, driven, progress, store)
+            _save(net, optimizer, driven, regularizer, progress, store)
             last = time.monotonic()
     return progress.notes
 
@@ -154,6 +157,8 @@ def _epoch(
         total += loss.detach()
     if not math.isfinite(float(total)):
         raise DivergedError(f"the loss is {float(total) / count} in epoch {epoch + 1}")
+    if not all(bool(value.isfinite().all()) for value in net.state_dict().values()):
+        raise DivergedError(f"a weight is not finite after epoch {epoch + 1}")
     if method is not None:
         method.after_epoch()
 
@@ -164,14 +169,25 @@ def _flipped(images: Tensor, generator: torch.Generator) -> Tensor:  # [batch, c
 
 
 def _restored(
-    net: nn.Module, optimizer: torch.optim.Optimizer, method: Method | None, store: Path | None
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: Method | None,
+    regularizer: OrthoRegularizer | None,
+    store: Path | None,
 ) -> Progress:
     if store is None or not store.exists():
         return Progress(0, [])
-    record, tensors = load_state(store)
+    try:
+        record, tensors = load_state(store)
+    except ValueError as error:
+        reason = str(error).partition(";")[0]
+        raise ValueError(f"{reason}; remove it, then run the same command again") from error
     if method is not None:
         method.load_state_dict(record["method"])  # first: it removes what had been removed
     restore_training(net, optimizer, tensors)
+    if regularizer is not None and record.get("regularizer") is not None:
+        vectors = under(VECTORS, tensors)
+        regularizer.load_state_dict({**record["regularizer"], "vectors": vectors})
     return Progress(record["epoch"], record["notes"])
 
 
@@ -179,13 +195,17 @@ def _save(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     method: Method | None,
+    regularizer: OrthoRegularizer | None,
     progress: Progress,
     store: Path,
 ) -> None:
+    term = {} if regularizer is None else regularizer.state_dict()
+    vectors = {VECTORS + name: vector for name, vector in term.pop("vectors", {}).items()}
     record: Mapping[str, Any] = {
         "epoch": progress.epoch,
         "notes": progress.notes,
         "method": None if method is None else method.state_dict(),
+        "regularizer": term or None,
     }
     store.parent.mkdir(parents=True, exist_ok=True)
-    save_state(store, record, training_tensors(net, optimizer))
+    save_state(store, record, {**training_tensors(net, optimizer), **vectors}, REMEDY)

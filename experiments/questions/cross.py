@@ -8,14 +8,16 @@ options.ablate: images on which filters are silenced in groups; 0 or missing for
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 import orthoreg_ext as ox
 from experiments.ablation import group_errors
-from experiments.config import Config
-from experiments.lab import Lab, saved
+from experiments.config import Config, check_options, checked
+from experiments.lab import Lab, check_cut, saved
 from experiments.runner import Unit, Values
 from orthoreg_ext import functional as F
 from orthoreg_ext.experiment.measure import correlation_by_layer
@@ -24,17 +26,23 @@ from orthoreg_ext.layers import filter_layers
 
 def stages(config: Config) -> Sequence[Sequence[Unit]]:
     """Networks first, then their cuts; all of a seed before the next one."""
-    grids = config.options["cuts"]
-    cuts = [
-        dict(zip(grid, way, strict=True))
-        for grid in grids
-        for way in itertools.product(*grid.values())
-    ]
+    check_options(config, {"cuts": list, "samples": int, "ablate": int})
+    cuts = [cut for grid in config.options.get("cuts", ()) for cut in _cuts(grid)]
     nets = [
         {"model": model, "arm": arm, "seed": seed}
         for seed, model, arm in itertools.product(config.seeds, config.models, config.arms)
     ]
     return nets, [{**net, "cut": cut} for net in nets for cut in cuts]
+
+
+def _cuts(grid: object) -> list[dict[str, Any]]:
+    """Every combination of the lists of a table."""
+    table = checked("options.cuts", grid, Mapping)
+    lists = [checked(f"options.cuts.{key}", values, list) for key, values in table.items()]
+    cuts = [dict(zip(table, way, strict=True)) for way in itertools.product(*lists)]
+    for cut in cuts:
+        check_cut(cut, "options.cuts")
+    return cuts
 
 
 def measure(lab: Lab, unit: Unit) -> Values:
@@ -92,7 +100,9 @@ def rarities(net: nn.Module) -> dict[str, list[float]]:
 
 def rare_kept(rarity: dict[str, list[float]], result: ox.pruning.PruneResult) -> float:
     """The share that is left of the rarest quarter of the filters of each layer that was cut."""
-    gone = {entry["layer"]: set(entry["removed"]) for entry in result.history}
+    gone = defaultdict[str, set[int]](set)
+    for entry in result.history:  # one a round and layer
+        gone[entry["layer"]].update(entry["removed"])
     kept, total = 0, 0
     for layer, removed in gone.items():
         values = rarity.get(layer, [])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -99,24 +100,29 @@ def widened(net: nn.Module, share: float, noise: float, seed: int) -> tuple[nn.S
             wide = weight[reads]
             drawn = torch.randn(wide[width:].shape, generator=generator)
             wide[width:] += noise * weight.std() * drawn
-            module_args = (module.kernel_size, module.stride, module.padding)  # type: ignore[misc]
-            made: nn.Module = nn.Conv2d(wide.shape[1], len(wide), *module_args, bias=False)
-            made.weight.copy_(wide)  # type: ignore[union-attr, operator]
             copies[name] = reads[width:].tolist()
+            layers[name] = _with(module, wide)
         elif isinstance(module, nn.BatchNorm2d):
             assert reads is not None
-            made = nn.BatchNorm2d(len(reads))
+            layers[name] = norm = nn.BatchNorm2d(len(reads))
             state = module.state_dict()
-            made.load_state_dict({k: v[reads] if v.dim() else v for k, v in state.items()})
+            norm.load_state_dict({k: v[reads] if v.dim() else v for k, v in state.items()})
         elif isinstance(module, nn.Linear):
-            weight = _read(module.weight, reads)
-            made = nn.Linear(weight.shape[1], len(weight))
-            made.weight.copy_(weight)  # type: ignore[union-attr, operator]
-            made.bias.copy_(module.bias)  # type: ignore[union-attr, operator]
+            layers[name] = _with(module, _read(module.weight, reads))
         else:
-            made = module
-        layers[name] = made
+            layers[name] = module
     return nn.Sequential(layers).to(next(net.parameters()).device), copies
+
+
+def _with(layer: nn.Conv2d | nn.Linear, weight: Tensor) -> nn.Conv2d | nn.Linear:
+    """A copy of a layer with other weights."""
+    copy = deepcopy(layer)
+    copy.weight = nn.Parameter(weight)
+    if isinstance(copy, nn.Conv2d):
+        copy.out_channels, copy.in_channels = weight.shape[:2]
+    else:
+        copy.out_features, copy.in_features = weight.shape
+    return copy
 
 
 def _read(weight: Tensor, reads: Tensor | None) -> Tensor:  # [n, k, ...] -> [n, len(reads), ...]

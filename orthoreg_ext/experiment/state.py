@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .extras import require
-from .files import write_atomic
+from .files import RESUME, write_atomic
 
 STATE_NAME = "state.safetensors"
 FORMAT = "orthoreg prune 1"
 
 
-def save_state(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def save_state(
+    path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], remedy: str = RESUME
+) -> None:
     """Writes a JSON record and tensors as one safetensors file, atomically.
 
     Raises:
@@ -27,7 +29,7 @@ def save_state(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tens
     plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
     text = json.dumps(record)
     metadata = {"format": FORMAT, "record": text, "checksum": str(_checksum(text, plain))}
-    write_atomic(path, require("safetensors.torch").save(plain, metadata))
+    write_atomic(path, require("safetensors.torch").save(plain, metadata), remedy)
 
 
 def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+from torch import nn
+
+from orthoreg_ext.experiment.models import vgg
+
+
+def tiny(num_classes: int, in_channels: int) -> nn.Sequential:
+    return vgg(num_classes, in_channels, (8, "pool", 12))
