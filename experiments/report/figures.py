@@ -96,8 +96,9 @@ def draw(figure: Figure) -> str:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot
 
+    plt: Any = pyplot  # its keys are literals to mypy
     columns = min(figure.columns, len(figure.panels))
     down = -(-len(figure.panels) // columns)
     size = (7, 4) if len(figure.panels) == 1 else (max(6, 2.6 * columns), 2.2 * down + 0.7)
