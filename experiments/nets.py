@@ -29,3 +29,14 @@ def linear_mlp(
 def resnet56(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
     """ResNet-56 for small images: nine blocks a stage; its shortcuts are convolutions."""
     return resnet(num_classes, in_channels, blocks=9)
+
+
+def resnet20(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
+    """ResNet-20 for small images: three blocks a stage; its shortcuts are convolutions."""
+    return resnet(num_classes, in_channels, blocks=3)
+
+
+def vgg13(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
+    """The ten convolutions of VGG-13 with BatchNorm, and one linear layer; the first is 5 x 5."""
+    widths: list[int | str] = [64, 64, "pool", 128, 128, "pool", 256, 256, "pool", 512, 512]
+    return vgg(num_classes, in_channels, [*widths, "pool", 512, 512])
