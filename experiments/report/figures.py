@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.plots import STYLE, svg
@@ -14,6 +16,7 @@ from experiments.report.spread import Spread
 COLORS = ("#666666", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#a6761d")
 MARKERS = "osD^vPX*"
 COLUMNS = 4
+NEAR = 0.1  # of the axis: the room of a tick's label
 TICKS = 7  # where no more than so many places are measured, they are marked
 
 
@@ -146,8 +149,16 @@ def _fill(axes: Any, figure: Figure, panel: Panel) -> None:
     axes.set_yscale("log" if "y" in figure.log else "linear")
     known = sorted({point.x for line in panel.lines for point in line.points})
     if not figure.scatter and len(known) <= TICKS:
-        axes.set_xticks(known, [f"{x:g}" for x in known])
+        axes.set_xticks(known, _told(known, log="x" in figure.log))
         axes.set_xticks([], minor=True)
+
+
+def _told(places: Sequence[float], *, log: bool) -> list[str]:
+    """The labels of ticks, without those that would run into the next one."""
+    at = [math.log(x) for x in places] if log else list(places)
+    near = NEAR * (at[-1] - at[0])
+    gaps = [after - before for before, after in pairwise(at)]
+    return [f"{x:g}" if gap >= near else "" for x, gap in zip(places, [*gaps, near], strict=True)]
 
 
 def _look(figure: Figure, name: str) -> dict[str, str]:

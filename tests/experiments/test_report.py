@@ -212,7 +212,7 @@ def test_the_caption_says_what_is_alike_and_what_diverged() -> None:
     document = result("cross", [cut_unit("none", "l1", r, 0, 90) for r in (0.5, 0.9)], seeds=3)
     found = Result.of(document)
     assert caption(found, found.rows, "Told.") == (
-        "Told. Mean (min..max) over 3 seeds; vgg, none, local, l1."
+        "Told. Mean (min..max) over 3 seeds; digits, vgg, none, local, l1."
     )
     document["units"][0]["values"] = {"diverged": "."}
     found = Result.of(document)
