@@ -86,7 +86,7 @@ def _scatter(result: Result) -> Parts:
         scatter=True,
         log="x",
     )
-    return [figure] if any(panel.lines for panel in panels) else []
+    return [figure]
 
 
 def _layer(rows: Sequence[Row], name: str, seeds: int) -> Point | None:

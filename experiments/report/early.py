@@ -74,7 +74,7 @@ def masks(result: Result) -> Parts:
         "distance of masks",
         tuple(panels),
     )
-    return [figure] if any(panel.lines for panel in panels) else []
+    return [figure]
 
 
 def _course(rows: Sequence[Row], path: str, seeds: int) -> tuple[Point, ...]:

@@ -83,6 +83,10 @@ class Figure:
     columns: int = COLUMNS
     first: int = 0
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to draw."""
+        return any(panel.lines for panel in self.panels)
+
     @property
     def names(self) -> list[str]:
         """The series, in the order of the legend."""

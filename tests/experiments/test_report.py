@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -523,6 +524,28 @@ def test_a_figure_draws_every_series_once_in_the_legend() -> None:
     assert "<dc:date>" not in text
     other = Figure("x", "c", "along", "up", panels[:1])
     assert other.mark != figure.mark
+
+
+def _parts(document: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Some of the units, some of them diverged; of seed 0 none at all."""
+    draw_of = random.Random(seed)
+    units = [unit for unit in document["units"] if seed and draw_of.random() < 0.6]
+    diverged = {"values": {"diverged": "the loss is nan in epoch 1"}}
+    mixed = [{**unit, **diverged} if draw_of.random() < 0.3 else unit for unit in units]
+    return {**document, "units": mixed}
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("make", [cross, early, trainability], ids=lambda make: make.__name__)
+def test_every_view_shows_what_there_is(make: Callable[[], dict[str, Any]], seed: int) -> None:
+    document = _parts(make(), seed)
+    name = document["config"]["name"]
+    made = Page(f"<!-- results: {name} --><!-- /results -->", [Result.of(document)])
+    assert "nan" not in made.text
+    for figure in made.figures.values():
+        assert all(line.points for panel in figure.panels for line in panel.lines)
+    if make is early and made.figures:
+        draw(next(iter(made.figures.values())))
 
 
 # ---- what is committed ---------------------------------------------------------------------------
