@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.report.cells import (
     GAINS,
+    LEFT,
     RATIO,
     SHADE,
     TWICE,
@@ -105,7 +106,7 @@ def accuracy(result: Result) -> Parts:
     if not varying(rows, "arm"):
         down, across = ["criterion"], "ratio"
     shown = grid(rows, down, [across], accuracies(result), tables=tables)
-    note = caption(result, rows, TWICE)
+    note = caption(result, rows, TWICE, LEFT)
     return [*shown, note, *_curves(result, rows, "arm", [*tables, "criterion"])]
 
 
@@ -170,7 +171,7 @@ def sweep(result: Result) -> Parts:
     names = others(cuts(result), "arm", "model")
     for keys in split(cuts(result), names):
         columns[said(names, keys) or "cut"] = _cut(result, names, keys)
-    note = caption(result, cuts(result), "Cuts: after fine-tuning; below it after the cut.")
+    note = caption(result, cuts(result), "Cuts: after fine-tuning; below it after the cut.", LEFT)
     return [*listing(rows, ["arm"], columns, tables=["model"]), note]
 
 
@@ -220,7 +221,7 @@ def options(result: Result) -> Parts:
     rows = [named(row) for row in cuts(result)]
     down = ["arm", "criterion", "options"]
     shown = grid(rows, down, ["ratio"], accuracies(result), tables=["model"])
-    return [*shown, caption(result, rows, TWICE)]
+    return [*shown, caption(result, rows, TWICE, LEFT)]
 
 
 def variety(result: Result) -> Parts:

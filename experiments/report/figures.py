@@ -151,7 +151,8 @@ def _fill(axes: Any, figure: Figure, panel: Panel) -> None:
             axes.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
     axes.set_xscale("log" if "x" in figure.log else "linear")
     axes.set_yscale("log" if "y" in figure.log else "linear")
-    known = sorted({point.x for line in panel.lines for point in line.points})
+    lines = [line for other in figure.panels for line in other.lines]  # the axes share their ticks
+    known = sorted({point.x for line in lines for point in line.points})
     if not figure.scatter and len(known) <= TICKS:
         axes.set_xticks(known, _told(known, log="x" in figure.log))
         axes.set_xticks([], minor=True)

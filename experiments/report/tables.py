@@ -99,7 +99,9 @@ def caption(result: Result, rows: Sequence[Row], *parts: str) -> str:
     keys = [rows[0].keys[name] for name in alike]
     source = result.config["data"]["source"]
     everywhere = f"{source}, {said(alike, keys)}" if alike else source
-    seeds = f"Mean (min..max) over {result.seeds} seeds; {everywhere}."
+    seeds = (
+        f"Mean (min..max) over {result.seeds} seed{'s' if result.seeds > 1 else ''}; {everywhere}."
+    )
     diverged = sum(row.diverged for row in rows)
     lost = f"{diverged} of {len(rows)} runs diverged and are in no mean." if diverged else ""
     return " ".join(part for part in (*parts, seeds, lost) if part)
