@@ -120,6 +120,13 @@ def test_a_cell_is_the_mean_and_the_range_over_seeds() -> None:
     )
 
 
+def test_a_gain_that_is_only_rounding_is_none() -> None:
+    spread = gather(rows(({}, 0, {"x": 0.1 + 0.2 - 0.3}), ({}, 1, {"x": -1e-16})), of("x"), 2)
+    assert spread.low < 0 < spread.high
+    assert spread.signs() == "+ in 0 of 2"
+    assert spread.text("+.2f") == "+0.00 (+0.00..+0.00)"
+
+
 def test_units_of_a_seed_are_averaged_first() -> None:
     found = rows(*(({}, seed, {"x": x}) for seed, x in ((0, 1.0), (0, 3.0), (1, 10.0), (1, 20.0))))
     assert gather(found, of("x"), 2).text() == "8.5 (2.0..15.0)"
@@ -256,6 +263,15 @@ def test_the_gain_is_told_apart_by_arm_and_by_criterion() -> None:
         ("over l1", ["fisher"]),
     ]
     assert figure.panels[0].lines[0].points[0] == Point(0.5, 1.0, 0.0, 2.0)
+
+
+def test_the_interaction_is_what_the_scoring_gains_more_with_the_regulariser() -> None:
+    lines = text_of(cross(), "interaction").splitlines()
+    # at 0.5: seed 0 (92 - 91) - (93 - 90) = -2, seed 1 (95 - 94) - (93 - 92) = 0
+    # at 0.75: seed 0 (75 - 70) - (85 - 80) = 0, seed 1 (85 - 90) - (79 - 80) = -4
+    assert lines[2] == (
+        "| so | -1.00 (-2.00..+0.00)<br>+ in 0 of 2 | -2.00 (-4.00..+0.00)<br>+ in 0 of 2 |"
+    )
 
 
 def test_additivity_is_averaged_over_layers_and_drawn_by_layer() -> None:
