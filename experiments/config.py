@@ -215,20 +215,27 @@ def _arm(values: object, where: str) -> Arm:
     return arm
 
 
-def check_options(config: Config, kinds: Mapping[str, type]) -> None:
+def check_options(
+    config: Config, needed: Mapping[str, type], others: Mapping[str, type] | None = None
+) -> None:
     """Checks the options of a question, so that none is misspelt and left without effect.
 
     Args:
         config: the configuration.
-        kinds: name -> type of each option that the question knows, of `KINDS`.
+        needed: name -> type of each option that the question needs, of `KINDS`.
+        others: of those that may be left out.
 
     Raises:
-        ValueError: an option is unknown, or has a value of another type or a negative one.
+        ValueError: an option is unknown or missing, has a value of another type or a negative one.
     """
+    kinds = {**needed, **(others or {})}
     for key, value in config.options.items():
         if key not in kinds:
             raise unknown_name("key in [options]", key, kinds)
         checked(f"options.{key}", value, kinds[key])
+    for key in needed:
+        if key not in config.options:
+            raise ValueError(f"[options] has no {key!r}, which {config.question!r} needs")
 
 
 def load(name: str | Path) -> Config:

@@ -17,7 +17,7 @@ from torch.nn import functional as nnf
 
 import orthoreg_ext as ox
 from benchmarks.baselines import eager_penalty
-from experiments.config import Config
+from experiments.config import Config, check_options
 from experiments.lab import Lab
 from experiments.runner import Unit, Values
 from experiments.training import sgd
@@ -29,6 +29,7 @@ WITHOUT = "without"
 
 def stages(config: Config) -> Sequence[Sequence[Unit]]:
     """One unit a network."""
+    check_options(config, {"batch_size": int, "budget": float})
     pairs = itertools.product(config.seeds, config.models)
     return [[{"model": model, "seed": seed} for seed, model in pairs]]
 

@@ -19,8 +19,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from experiments.config import Config
-from experiments.lab import Lab
+from experiments.config import Config, check_options
+from experiments.lab import Lab, check_cut
 from experiments.runner import Unit, Values
 
 Copies = dict[str, list[int]]  # layer -> the filters that its last ones are copies of
@@ -28,6 +28,9 @@ Copies = dict[str, list[int]]  # layer -> the filters that its last ones are cop
 
 def stages(config: Config) -> Sequence[Sequence[Unit]]:
     """The networks, then the criteria."""
+    check_options(config, {"criterion": list, "share": float, "noise": float})
+    for name in config.options["criterion"]:
+        check_cut({"criterion": name, "ratio": config.options["share"]}, "options")
     nets = [
         {"model": model, "arm": arm, "seed": seed}
         for seed, model, arm in itertools.product(config.seeds, config.models, config.arms)

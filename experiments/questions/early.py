@@ -18,8 +18,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from experiments.config import Config
-from experiments.lab import Lab, criterion_of, saved
+from experiments.config import Config, check_options
+from experiments.lab import Lab, check_cut, criterion_of, saved
 from experiments.runner import Unit, Values
 from experiments.training import Fit, fit
 from orthoreg_ext import pruning
@@ -31,6 +31,10 @@ Mask = frozenset[tuple[str, int]]
 def stages(config: Config) -> Sequence[Sequence[Unit]]:
     """The cuts, and the trainings that are watched; every unit trains its own network."""
     options = config.options
+    check_options(config, {"at": list, "criterion": list, "ratio": list, "masks": list})
+    names = [*options["criterion"], *options["masks"]]
+    for criterion, ratio in itertools.product(names, options["ratio"]):
+        check_cut({"criterion": criterion, "ratio": ratio}, "options")
     nets = [
         {"model": model, "arm": arm, "seed": seed}
         for seed, model, arm in itertools.product(config.seeds, config.models, config.arms)

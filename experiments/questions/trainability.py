@@ -22,11 +22,12 @@ import torch
 from torch import nn
 
 import orthoreg_ext as ox
-from experiments.config import Config
-from experiments.lab import Lab
+from experiments.config import Config, check_options
+from experiments.lab import Lab, check_cut
 from experiments.runner import Unit, Values
 from experiments.training import Fit, fit, steps_an_epoch
 from orthoreg_ext import pruning
+from orthoreg_ext.errors import choose
 from orthoreg_ext.pruning.methods.method import Method
 
 Make = Callable[..., Method]
@@ -59,6 +60,11 @@ METHODS = (*AT_ONCE, *SCHEDULED)
 def stages(config: Config) -> Sequence[Sequence[Unit]]:
     """Networks, what the schedules make of them, then the fine-tuning."""
     options = config.options
+    lists = {"methods": list, "ratio": list, "lr": list}
+    check_options(config, {**lists, "epochs": int, "method_lr": float}, {"jacobian": int})
+    for method, ratio in itertools.product(options["methods"], options["ratio"]):
+        choose("method", str(method).removesuffix(SHORT), METHODS)
+        check_cut({"criterion": "l1", "ratio": ratio}, "options")
     nets = [
         {"model": model, "arm": arm, "seed": seed}
         for seed, model, arm in itertools.product(config.seeds, config.models, config.arms)

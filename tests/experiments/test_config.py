@@ -56,14 +56,18 @@ WRONG = {
     "seeds = [0": r"at end of document|Unclosed array",
 }
 
+CUTS = "\n[[options.cuts]]\ncriterion = ['l1']\nratio = [0.5]"
+
 # The same of what only the question, the machine or the images can tell.
 WRONG_LATER = {
-    "models = ['vggg']": r"unknown model 'vggg'; did you mean 'vgg'",
-    "models = ['experiments.nets:thin']": r"unknown factory in experiments.nets 'thin'",
-    "[data]\nsource = 'cifar'": r"data 'cifar' is not in '.*'; pass the folder .* as --data DIR",
-    "[data]\ntrain = 9999": r"data.train is 9999, expected at most the 1198 images",
+    "models = ['vggg']" + CUTS: r"unknown model 'vggg'; did you mean 'vgg'",
+    "models = ['experiments.nets:thin']" + CUTS: r"unknown factory in experiments.nets 'thin'",
+    "[data]\nsource = 'cifar'"
+    + CUTS: r"data 'cifar' is not in '.*'; pass the folder .* as --data DIR",
+    "[data]\ntrain = 9999" + CUTS: r"data.train is 9999, expected at most the 1198 images",
     "[options]\nsample = 3": r"unknown key in \[options\] 'sample'; did you mean 'samples'",
     "[options]\nablate = '3'": r"options.ablate is '3', expected a whole number",
+    "": r"\[options\] has no 'cuts', which 'cross' needs",
     "[options]\ncuts = 3": r"options.cuts is 3, expected a list",
     "[options]\ncuts = [3]": r"options.cuts is 3, expected a table",
     "[[options.cuts]]\nratio = [1.5]\ncriterion = ['l1']": r"options.cuts: ratio is 1.5",
@@ -181,3 +185,30 @@ def test_a_cut_is_checked_before_it_is_made(cut: dict[str, Any], says: str) -> N
     with pytest.raises(ValueError, match=says):
         check_cut(cut, "here")
     check_cut({"criterion": "variety(l1, gate)", "ratio": 0.5, "scope": "local", "rounds": 2}, "x")
+
+
+def changed(name: str, key: str, value: Any) -> Config:
+    config = load(name)
+    document = config.document()
+    document["options"][key] = value
+    return Config.of(document)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "says"),
+    [
+        ("early-digits", "ratio", [0.5, 2], "options: ratio is 2"),
+        ("early-digits", "masks", ["bn"], "options: unknown criterion 'bn'"),
+        ("early-digits", "mask", [], "unknown key in .options. 'mask'; did you mean 'masks'"),
+        ("duplicates-digits", "criterion", ["l3"], "options: unknown criterion 'l3'"),
+        ("duplicates-digits", "noise", "no", "options.noise is 'no', expected a number"),
+        ("trainability-digits", "methods", ["tp"], "unknown method 'tp'; did you mean 'tpp'"),
+        ("trainability-digits", "lr", 0.1, "options.lr is 0.1, expected a list"),
+        ("cost-cifar10", "budget", -1, "options.budget is -1, expected a number of at least 0"),
+        ("cost-cifar10", "batch_size", 0, "options.batch_size is 0, .* of at least 1"),
+    ],
+)
+def test_every_question_checks_its_options(name: str, key: str, value: Any, says: str) -> None:
+    config = changed(name, key, value)
+    with pytest.raises(ValueError, match=says):
+        question_of(config).stages(config)
