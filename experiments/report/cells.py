@@ -13,6 +13,7 @@ from experiments.report.tables import Cell, grid, label
 Parts = Sequence[str | Figure]
 
 TWICE = "Accuracy in percent after fine-tuning; below it after the cut."
+LEFT = "Last: the share of the multiply-accumulates that is left."
 SHADE = "Lines: the mean; shaded: from the least to the most of the seeds."
 RATIO = "ratio of filters removed"
 
@@ -31,7 +32,7 @@ def accuracies(result: Result) -> Cell:
         left = gather(rows, _left, result.seeds)
         if not cut.values:
             return tuned.text()
-        macs = f", {left.mean:.0f} % MACs" if left.values else ""
+        macs = f"<br>{left.mean:.0f} % MACs" if left.values else ""
         return f"{tuned.text()}<br>cut {bare(cut)}{macs}"
 
     return text
@@ -61,14 +62,14 @@ def gains(
         if not gain.values:
             return gain.text()
         of_cut = gather([after[_key(row)] for row in mine], of("gain"), result.seeds)
-        return f"{gain.text('+.2f')}, {gain.signs()}<br>cut {bare(of_cut, '+.2f')}"
+        return f"{gain.text('+.2f')}<br>{gain.signs()}<br>cut {bare(of_cut, '+.2f')}"
 
     told = f"Gain over {label(name, base)}, all else alike, in points."
     return [told, *grid(tuned, [name], ["ratio"], text, tables=tables)]
 
 
 GAINS = (
-    "First after fine-tuning, below after the cut. `+ in`: of how many seeds the gain is above 0. "
+    "First after fine-tuning, with the seeds in which it is above 0; last after the cut. "
     "What is neither a line nor a column is averaged within a seed."
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.report.cells import (
     GAINS,
+    LEFT,
     RATIO,
     SHADE,
     TWICE,
@@ -34,6 +35,10 @@ from experiments.report.spread import Value, difference, gather, of, over_layers
 from experiments.report.tables import caption, grid, listing, said
 
 PLAIN = {"arm": "none", "criterion": "l1"}  # what a gain is a gain over
+BEYOND = (
+    "In points after fine-tuning: what the criterion gains over l1 with the regulariser, less what "
+    "it gains without; above 0 where one helps the other."
+)
 HOST = "alone"  # a criterion without variety around it
 SETTINGS = ("penalty", "strength", "side", "layer_weights", "weight_decay")
 
@@ -86,7 +91,7 @@ def _scatter(result: Result) -> Parts:
         scatter=True,
         log="x",
     )
-    return [figure] if any(panel.lines for panel in panels) else []
+    return [figure]
 
 
 def _layer(rows: Sequence[Row], name: str, seeds: int) -> Point | None:
@@ -105,7 +110,7 @@ def accuracy(result: Result) -> Parts:
     if not varying(rows, "arm"):
         down, across = ["criterion"], "ratio"
     shown = grid(rows, down, [across], accuracies(result), tables=tables)
-    note = caption(result, rows, TWICE)
+    note = caption(result, rows, TWICE, LEFT)
     return [*shown, note, *_curves(result, rows, "arm", [*tables, "criterion"])]
 
 
@@ -158,6 +163,25 @@ def _gain_figure(result: Result, rows: Sequence[Row], panels: Sequence[Panel]) -
     return [figure]
 
 
+def interaction(result: Result) -> Parts:
+    """What regulariser and scoring gain together beyond the sum of what each gains alone."""
+    rows = cuts(result)
+    if any(base not in levels(rows, name) for name, base in PLAIN.items()):
+        return []
+    arms = paired(rows, "arm", PLAIN["arm"], of("finetuned"))
+    both = paired(arms, "criterion", PLAIN["criterion"], of("gain"))
+    if not both:
+        return []
+
+    def text(mine: Sequence[Row]) -> str:
+        spread = gather(mine, of("gain"), result.seeds)
+        return f"{spread.text('+.2f')}<br>{spread.signs()}" if spread.values else spread.text()
+
+    tables = others(rows, "arm", "criterion", "ratio")
+    shown = grid(both, ["arm", "criterion"], ["ratio"], text, tables=tables)
+    return [*shown, caption(result, rows, BEYOND)]
+
+
 def sweep(result: Result) -> Parts:
     """One line an arm: its settings, the network, and every cut."""
     rows = list(result.rows)
@@ -170,7 +194,7 @@ def sweep(result: Result) -> Parts:
     names = others(cuts(result), "arm", "model")
     for keys in split(cuts(result), names):
         columns[said(names, keys) or "cut"] = _cut(result, names, keys)
-    note = caption(result, cuts(result), "Cuts: after fine-tuning; below it after the cut.")
+    note = caption(result, cuts(result), "Cuts: after fine-tuning; below it after the cut.", LEFT)
     return [*listing(rows, ["arm"], columns, tables=["model"]), note]
 
 
@@ -220,7 +244,7 @@ def options(result: Result) -> Parts:
     rows = [named(row) for row in cuts(result)]
     down = ["arm", "criterion", "options"]
     shown = grid(rows, down, ["ratio"], accuracies(result), tables=["model"])
-    return [*shown, caption(result, rows, TWICE)]
+    return [*shown, caption(result, rows, TWICE, LEFT)]
 
 
 def variety(result: Result) -> Parts:
@@ -247,6 +271,7 @@ VIEWS: Mapping[str, View] = {
     "additivity": additivity,
     "accuracy": accuracy,
     "effects": effects,
+    "interaction": interaction,
     "rare": rare,
     "sweep": sweep,
     "options": options,

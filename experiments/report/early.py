@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from experiments.report.cells import SHADE, TWICE, Parts, accuracies, gains, lines_of
+from experiments.report.cells import GAINS, LEFT, SHADE, TWICE, Parts, accuracies, gains, lines_of
 from experiments.report.figures import Figure, Line, Panel, Point
 from experiments.report.page import View
 from experiments.report.results import Result, Row, having, others, split
@@ -14,7 +14,6 @@ from experiments.report.tables import caption, grid, said
 
 LATE = 1.0  # after all of the training
 DISTANCE = "Distance: the share of all filters that only one of two masks removes."
-GAIN = "`+ in`: of how many seeds the gain is above 0."
 
 
 def accuracy(result: Result) -> Parts:
@@ -37,7 +36,7 @@ def accuracy(result: Result) -> Parts:
         tuple(panels),
         log="x",
     )
-    return [*shown, caption(result, rows, TWICE, told), figure]
+    return [*shown, caption(result, rows, TWICE, LEFT, told), figure]
 
 
 def effects(result: Result) -> Parts:
@@ -45,8 +44,7 @@ def effects(result: Result) -> Parts:
     rows = having(result.rows, "at")
     early = gains(result, rows, "at", LATE, tables=["model", "arm", "criterion"])
     arms = gains(result, rows, "arm", "none", tables=["model", "at", "criterion"])
-    told = "First after fine-tuning, below after the cut."
-    return [*early, *arms, caption(result, rows, told, GAIN)] if early or arms else []
+    return [*early, *arms, caption(result, rows, GAINS)] if early or arms else []
 
 
 def masks(result: Result) -> Parts:
@@ -74,7 +72,7 @@ def masks(result: Result) -> Parts:
         "distance of masks",
         tuple(panels),
     )
-    return [figure] if any(panel.lines for panel in panels) else []
+    return [figure]
 
 
 def _course(rows: Sequence[Row], path: str, seeds: int) -> tuple[Point, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.plots import STYLE, svg
@@ -14,6 +16,7 @@ from experiments.report.spread import Spread
 COLORS = ("#666666", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#a6761d")
 MARKERS = "osD^vPX*"
 COLUMNS = 4
+NEAR = 0.1  # of the axis: the room of a tick's label
 TICKS = 7  # where no more than so many places are measured, they are marked
 
 
@@ -80,6 +83,10 @@ class Figure:
     columns: int = COLUMNS
     first: int = 0
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to draw."""
+        return any(panel.lines for panel in self.panels)
+
     @property
     def names(self) -> list[str]:
         """The series, in the order of the legend."""
@@ -96,8 +103,9 @@ def draw(figure: Figure) -> str:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot
 
+    plt: Any = pyplot  # its keys are literals to mypy
     columns = min(figure.columns, len(figure.panels))
     down = -(-len(figure.panels) // columns)
     size = (7, 4) if len(figure.panels) == 1 else (max(6, 2.6 * columns), 2.2 * down + 0.7)
@@ -143,10 +151,19 @@ def _fill(axes: Any, figure: Figure, panel: Panel) -> None:
             axes.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
     axes.set_xscale("log" if "x" in figure.log else "linear")
     axes.set_yscale("log" if "y" in figure.log else "linear")
-    known = sorted({point.x for line in panel.lines for point in line.points})
+    lines = [line for other in figure.panels for line in other.lines]  # the axes share their ticks
+    known = sorted({point.x for line in lines for point in line.points})
     if not figure.scatter and len(known) <= TICKS:
-        axes.set_xticks(known, [f"{x:g}" for x in known])
+        axes.set_xticks(known, _told(known, log="x" in figure.log))
         axes.set_xticks([], minor=True)
+
+
+def _told(places: Sequence[float], *, log: bool) -> list[str]:
+    """The labels of ticks, without those that would run into the next one."""
+    at = [math.log(x) for x in places] if log else list(places)
+    near = NEAR * (at[-1] - at[0])
+    gaps = [after - before for before, after in pairwise(at)]
+    return [f"{x:g}" if gap >= near else "" for x, gap in zip(places, [*gaps, near], strict=True)]
 
 
 def _look(figure: Figure, name: str) -> dict[str, str]:

@@ -78,7 +78,8 @@ class Page:
             parts += [f"**On {result.document['machine']['name']}:**"] if several else []
             parts += [result.unfinished] if result.unfinished else []
             for key in views if view is None else (view,):
-                parts += [self._part(part, result, several) for part in views[key](result)]
+                shown = [part for part in views[key](result) if part]
+                parts += [self._part(part, result, several) for part in shown]
         return "\n\n".join(parts)
 
     def _part(self, part: str | Figure, result: Result, several: bool) -> str:

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from experiments.report.results import Row
 
+NOTHING = 1e-9
 Value = Callable[[Row], float | None]
 
 
@@ -48,7 +49,7 @@ class Spread:
         """``mean (min..max)``, and in words what is missing; ``-`` where nothing was planned."""
         numbers = ""
         if self.values:
-            mean, low, high = (f"{x:{form}}" for x in (self.mean, self.low, self.high))
+            mean, low, high = (f"{_clean(x):{form}}" for x in (self.mean, self.low, self.high))
             numbers = f"{mean} ({low}..{high})" if len(self.values) > 1 else mean
         return ", ".join(part for part in (numbers, self.missing) if part) or "-"
 
@@ -65,7 +66,12 @@ class Spread:
 
     def signs(self) -> str:
         """``+ in 4 of 5``: the seeds of which the value is above 0."""
-        return f"+ in {sum(x > 0 for x in self.values)} of {len(self.values)}"
+        return f"+ in {sum(_clean(x) > 0 for x in self.values)} of {len(self.values)}"
+
+
+def _clean(x: float) -> float:
+    """Without what is left of 0 where sums of floats cancel."""
+    return 0.0 if abs(x) < NOTHING else x
 
 
 def gather(rows: Sequence[Row], value: Value, seeds: int) -> Spread:

@@ -23,7 +23,7 @@ Cell = Callable[[Sequence[Row]], str]
 
 def label(name: str, level: Any) -> str:
     """A level of a key, in words."""
-    said = level if isinstance(level, str) else json.dumps(level)
+    said = text(level)
     return said if name in BARE else f"{name.replace('_', ' ')} {said}"
 
 
@@ -66,10 +66,10 @@ def grid(
 
 
 def text(level: Any) -> str:
-    """A level below the name of its key."""
+    """A level below the name of its key; of a network of our own without its module."""
     if level is None:
         return "default"
-    return level if isinstance(level, str) else json.dumps(level)
+    return level.rpartition(":")[2] if isinstance(level, str) else json.dumps(level)
 
 
 def listing(
@@ -96,9 +96,12 @@ def caption(result: Result, rows: Sequence[Row], *parts: str) -> str:
     """What a table or a figure shows: how it is averaged, and what is alike in all of it."""
     names = dict.fromkeys(name for row in rows for name in row.keys)
     alike = [name for name in names if name not in varying(rows, *names)]
-    everywhere = said(alike, [rows[0].keys[name] for name in alike]) if rows else ""
-    seeds = f"Mean (min..max) over {result.seeds} seeds"
-    seeds = f"{seeds}; {everywhere}." if everywhere else f"{seeds}."
+    keys = [rows[0].keys[name] for name in alike]
+    source = result.config["data"]["source"]
+    everywhere = f"{source}, {said(alike, keys)}" if alike else source
+    seeds = (
+        f"Mean (min..max) over {result.seeds} seed{'s' if result.seeds > 1 else ''}; {everywhere}."
+    )
     diverged = sum(row.diverged for row in rows)
     lost = f"{diverged} of {len(rows)} runs diverged and are in no mean." if diverged else ""
     return " ".join(part for part in (*parts, seeds, lost) if part)
