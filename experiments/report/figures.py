@@ -109,7 +109,7 @@ def draw(figure: Figure) -> str:
     columns = min(figure.columns, len(figure.panels))
     down = -(-len(figure.panels) // columns)
     size = (7, 4) if len(figure.panels) == 1 else (max(6, 2.6 * columns), 2.2 * down + 0.7)
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]  # the stubs know each key by its name
+    with plt.rc_context(STYLE):
         drawn, grid = plt.subplots(
             down,
             columns,
