@@ -123,8 +123,9 @@ experiments: $(STAMPS)/build-test ## the experiments on digits; NAMES="..." DATA
 	@OMP_NUM_THREADS=1 $(STEP) "experiments" -- $(PY) -m experiments $(NAMES) --data '$(DATA)' \
 		--jobs $(JOBS) $(EXPERIMENT_ARGS)
 
-readme: $(STAMPS)/packages-dev ## the README's benchmark table and figure from benchmarks/results
+readme: $(STAMPS)/packages-dev ## README and docs/evidence.md from the results of benchmarks, experiments
 	@$(PY) -m benchmarks.readme
+	@$(PY) -m experiments.report
 
 # One wheel for each CPython named here, beside the environment's own: PYTHONS="python3.12 python3.13".
 PYTHONS ?=
