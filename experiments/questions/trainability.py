@@ -2,7 +2,7 @@
 
 A network is trained, brought to a ratio by a method, and fine-tuned. The methods with a schedule
 have `options.epochs` for it; the others are cut at once and are fine-tuned for as much longer.
-A method named "NAME, short" is not: what the longer budget alone is worth.
+One of these named "NAME, short" is not: what the longer budget alone is worth.
 
 options.methods: names of METHODS.
 options.ratio, options.lr: lists, of the cut and of the fine-tuning's first learning rate.
@@ -28,24 +28,36 @@ from experiments.runner import Unit, Values
 from experiments.training import Fit, fit, steps_an_epoch
 from orthoreg_ext import pruning
 from orthoreg_ext.errors import choose
+from orthoreg_ext.layers import filter_layers
 from orthoreg_ext.pruning.methods.method import Method
 
 Make = Callable[..., Method]
 HOLD = 1 / 11  # of the schedule: 10 000 of 110 000 steps in TPP's and GReg's released code
+PARTS = 10  # of these steps at least: after each TPP sets one more layer to zero
 
 
 def _greg1(net: nn.Module, example: Any, *, steps: int, **arguments: Any) -> Method:
-    hold, every = round(steps * HOLD), 1
+    hold = _hold(steps, 1)
     delta = 1.0 / (steps - hold)
-    return pruning.GReg1(net, example, delta=delta, every=every, hold=hold, **arguments)
+    return pruning.GReg1(net, example, delta=delta, every=1, hold=hold, **arguments)
 
 
 def _tpp(net: nn.Module, example: Any, *, steps: int, **arguments: Any) -> Method:
-    hold, every = round(steps * HOLD), 1
-    delta, silent = 1.0 / (steps - hold), max(1, hold // 10)
-    return pruning.TPP(
-        net, example, delta=delta, every=every, hold=hold, zero_every=silent, **arguments
-    )
+    layers = len(filter_layers(net))
+    hold = _hold(steps, layers)
+    arguments |= {"every": 1, "hold": hold, "zero_every": max(1, hold // max(PARTS, layers + 1))}
+    return pruning.TPP(net, example, delta=1.0 / (steps - hold), **arguments)
+
+
+def _hold(steps: int, least: int) -> int:
+    """The steps at the end of a schedule, when it is at its ceiling."""
+    hold = round(steps * HOLD)
+    if hold < least:
+        raise ValueError(
+            f"options.epochs makes {steps} steps, of which the last {hold} are at the ceiling: "
+            f"expected {least} of them at least, {round(least / HOLD)} steps in all"
+        )
+    return hold
 
 
 SCHEDULED: Mapping[str, Make] = {"greg1": _greg1, "tpp": _tpp}
@@ -54,7 +66,7 @@ AT_ONCE: Mapping[str, Callable[[nn.Module], object]] = {
     "l1, orthp": pruning.orthogonalise,
 }
 SHORT = ", short"
-METHODS = (*AT_ONCE, *SCHEDULED)
+METHODS = (*AT_ONCE, *SCHEDULED, *(name + SHORT for name in AT_ONCE))
 
 
 def stages(config: Config) -> Sequence[Sequence[Unit]]:
@@ -63,7 +75,7 @@ def stages(config: Config) -> Sequence[Sequence[Unit]]:
     lists = {"methods": list, "ratio": list, "lr": list}
     check_options(config, {**lists, "epochs": int, "method_lr": float}, {"jacobian": int})
     for method, ratio in itertools.product(options["methods"], options["ratio"]):
-        choose("method", str(method).removesuffix(SHORT), METHODS)
+        choose("method", method, METHODS)
         check_cut({"criterion": "l1", "ratio": ratio}, "options")
     nets = [
         {"model": model, "arm": arm, "seed": seed}

@@ -203,6 +203,7 @@ def changed(name: str, key: str, value: Any) -> Config:
         ("duplicates-digits", "criterion", ["l3"], "options: unknown criterion 'l3'"),
         ("duplicates-digits", "noise", "no", "options.noise is 'no', expected a number"),
         ("trainability-digits", "methods", ["tp"], "unknown method 'tp'; did you mean 'tpp'"),
+        ("trainability-digits", "methods", ["tpp, short"], "unknown method 'tpp, short'"),
         ("trainability-digits", "lr", 0.1, "options.lr is 0.1, expected a list"),
         ("cost-cifar10", "budget", -1, "options.budget is -1, expected a number of at least 0"),
         ("cost-cifar10", "batch_size", 0, "options.batch_size is 0, .* of at least 1"),
