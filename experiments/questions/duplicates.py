@@ -107,7 +107,7 @@ def widened(net: nn.Module, share: float, noise: float, seed: int) -> tuple[nn.S
             layers[name] = _with(module, wide)
         elif isinstance(module, nn.BatchNorm2d):
             assert reads is not None
-            layers[name] = norm = nn.BatchNorm2d(len(reads))
+            layers[name] = norm = nn.BatchNorm2d(len(reads), module.eps, module.momentum)
             state = module.state_dict()
             norm.load_state_dict({k: v[reads] if v.dim() else v for k, v in state.items()})
         elif isinstance(module, nn.Linear):
@@ -130,7 +130,8 @@ def _with(layer: nn.Conv2d | nn.Linear, weight: Tensor) -> nn.Conv2d | nn.Linear
 
 def _read(weight: Tensor, reads: Tensor | None) -> Tensor:  # [n, k, ...] -> [n, len(reads), ...]
     """Weights that read the channels of a widened layer: a pair at half the weight each."""
+    weight = weight.detach().cpu()  # where what is drawn is
     if reads is None:
-        return weight.detach().clone()
+        return weight.clone()
     halves = 1.0 / reads.bincount()[reads]
-    return weight.detach()[:, reads] * halves.view(1, -1, *[1] * (weight.dim() - 2))
+    return weight[:, reads] * halves.view(1, -1, *[1] * (weight.dim() - 2))
