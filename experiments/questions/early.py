@@ -6,8 +6,9 @@ is fine-tuned with the recipe's own rate. A regulariser is on until the cut.
 
 options.at: shares of the first training after which to cut.
 options.criterion, options.ratio: lists; every combination is cut.
-options.masks: criteria of which the mask is drawn after every epoch of the first training, by the
-    first ratio; its distances to the masks before are those of EarlyBird.
+options.masks: criteria of which the mask is drawn after every epoch of a training that is as long
+    as the first one but keeps its learning rate, by the first ratio; its distances to the masks
+    before are those of EarlyBird, without that method's penalty on the scales.
 """
 
 from __future__ import annotations

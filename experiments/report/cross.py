@@ -229,7 +229,8 @@ def rare(result: Result) -> Parts:
         tables=tables,
     )
     told = "Rarest quarter of each layer's filters: percent kept."
-    return [*shown, caption(result, rows, told, "Filters drawn at random: 1 less the ratio.")]
+    drawn = "Filters drawn at random: about 1 less the ratio, where every layer is cut alike."
+    return [*shown, caption(result, rows, told, drawn)]
 
 
 def options(result: Result) -> Parts:

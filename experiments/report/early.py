@@ -27,7 +27,7 @@ def accuracy(result: Result) -> Parts:
         Panel(said(names, keys), lines_of(mine, "arm", "at", of("finetuned"), result.seeds))
         for keys, mine in split(rows, names).items()
     ]
-    told = "At: the share of the training after which was cut."
+    told = f"At: the share of the training after which was cut{_epochs(result, rows)}."
     figure = Figure(
         "accuracy",
         caption(result, rows, SHADE),
@@ -37,6 +37,13 @@ def accuracy(result: Result) -> Parts:
         log="x",
     )
     return [*shown, caption(result, rows, TWICE, LEFT, told), figure]
+
+
+def _epochs(result: Result, rows: Sequence[Row]) -> str:
+    """What the shares are in whole epochs."""
+    cuts = {row.keys["at"]: epochs for row in rows if (epochs := row.value("epochs")) is not None}
+    told = ", ".join(f"{at:g} is {cuts[at]:.0f}" for at in sorted(cuts))
+    return f"; {told} of {result.config['recipe']['epochs']} epochs" if told else ""
 
 
 def effects(result: Result) -> Parts:
@@ -65,9 +72,7 @@ def masks(result: Result) -> Parts:
     short = [replace(row, keys={k: v for k, v in row.keys.items() if k != "masks"}) for row in rows]
     figure = Figure(
         "masks",
-        caption(
-            result, short, "Distance: the share of filters that one mask has and not both.", *told
-        ),
+        caption(result, short, *told),
         "epoch",
         "distance of masks",
         tuple(panels),

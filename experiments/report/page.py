@@ -109,6 +109,8 @@ def _run(result: Result) -> list[str]:
     ]
     parts += [f"{data['image_size']} x {data['image_size']}"] if data["image_size"] else []
     images = ", ".join([data["source"], *(parts or ["all"]), f"checksum {result.document['data']}"])
+    schedule = config["options"].get("epochs")  # of a method, or so much longer a fine-tuning
+    phases = [recipe["epochs"], *([schedule] if schedule else []), recipe["finetune_epochs"]]
     count = machine["threads"]
     threads = f", {count} thread{'s' if count > 1 else ''} a unit"
     threads = "" if machine["device"] == "cuda" else threads
@@ -117,7 +119,7 @@ def _run(result: Result) -> list[str]:
         images,
         ", ".join(f"`{model}`" for model in config["models"]),
         str(result.seeds),
-        f"{recipe['epochs']} + {recipe['finetune_epochs']}",
+        " + ".join(map(str, phases)),
         f"{len(result.rows)} of {result.document['planned']}",
         f"{result.document['seconds'] / 3600:.1f}",
         f"{machine['name']}{threads}, torch {machine['torch']}",

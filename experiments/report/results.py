@@ -86,9 +86,22 @@ class Result:
 
 
 def load(folder: Path) -> list[Result]:
-    """The results of every machine."""
-    paths = sorted(folder.glob("*/*.json"))
-    return [Result.of(json.loads(path.read_text())) for path in paths]
+    """The results of every machine.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    return [_read(path) for path in sorted(folder.glob("*/*.json"))]
+
+
+def _read(path: Path) -> Result:
+    try:
+        return Result.of(json.loads(path.read_text()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(path)!r} holds no results ({type(error).__name__}: {error}); remove it, then "
+            f"run python -m experiments {path.stem}, which writes it anew"
+        ) from error
 
 
 def having(rows: Sequence[Row], *names: str) -> list[Row]:

@@ -83,7 +83,10 @@ def early() -> dict[str, Any]:
     base = {"model": "vgg", "criterion": "l1", "ratio": 0.5}
     tuned = {("none", 0.05): 80, ("none", 1.0): 90, ("so", 0.05): 85, ("so", 1.0): 91}
     units = [
-        ({**base, "arm": arm, "seed": seed, "at": at}, {"cut": 20, "finetuned": x + seed})
+        (
+            {**base, "arm": arm, "seed": seed, "at": at},
+            {"cut": 20, "finetuned": x + seed, "epochs": {0.05: 1, 1.0: 8}[at]},
+        )
         for (arm, at), x in tuned.items()
         for seed in (0, 1)
     ]

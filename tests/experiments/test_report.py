@@ -219,6 +219,25 @@ def test_results_that_no_block_shows_are_named(
     assert "no block shows hidden" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"units": [{"unit": {}}]}', "null"])
+def test_damaged_results_are_named(
+    place: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (place / "results" / "some-cpu" / "cross-y.json").write_text(text)
+    assert call(place) == 1
+    assert re.search(
+        r"cross-y.json' holds no results.* experiments cross-y", capsys.readouterr().err
+    )
+    assert (place / "page.md").read_text() == PAGE
+
+
+def test_the_epochs_of_a_schedule_are_told() -> None:
+    document = trainability()
+    document["config"]["options"] = {"epochs": 16}
+    text = Page("<!-- results: runs --><!-- /results -->", [Result.of(document)]).text
+    assert "| `vgg` | 1 | 8 + 16 + 8 | 7 of 7 |" in text
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [

@@ -130,6 +130,7 @@ def test_rare_filters_are_shown_in_percent() -> None:
 def test_early_cuts_are_shown_by_their_moment() -> None:
     text = text_of(early(), "accuracy")
     assert "| none | 80.5 (80.0..81.0)<br>cut 20.0 (20.0..20.0) | 90.5 (90.0..91.0)<br>" in text
+    assert "was cut; 0.05 is 1, 1 is 8 of 8 epochs." in text
     effects = text_of(early(), "effects")
     assert "Gain over at 1.0" in effects
     assert "| 0.05 | -10.00 (-10.00..-10.00)<br>+ in 0 of 2" in effects
@@ -142,6 +143,7 @@ def test_masks_are_drawn_by_epoch_from_the_first_that_has_a_window() -> None:
     assert (window.name, last.name) == ("bn_scale, in its window", "bn_scale, to the last")
     assert window.points == (Point(2, 0.45, 0.4, 0.5), Point(3, 0.25, 0.25, 0.25))
     assert [point.y for point in last.points] == [0.75, 0.25, 0.0]
+    assert figure.caption.count("Distance") == 1
 
 
 def test_trainability_is_shown_by_method_ratio_and_learning_rate() -> None:
