@@ -64,6 +64,8 @@ class Recipe:
             released code has it.
         flip: mirror every other image at random.
         calibration: training images that score the filters, at most; 10 000 in OrthoReg's code.
+        max_layer_ratio: the share of a layer that a cut may take, where the question says nothing
+            else; that of OrthoReg's code.
     """
 
     epochs: int = 8
@@ -74,6 +76,7 @@ class Recipe:
     weight_decay: float = 5e-4
     flip: bool = False
     calibration: int = 10_000
+    max_layer_ratio: float = 0.95
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Lab:
 
     def prune(self, net: nn.Module, criterion: str, ratio: float, **options: Any) -> Any:
         """Cuts a network in place, by samples of the training images, in eval mode."""
+        options = {"max_layer_ratio": self.config.recipe.max_layer_ratio, **options}
         return pruning.prune(
             net.eval(),
             self.example,

@@ -20,10 +20,9 @@ from dataclasses import replace
 from torch import nn
 
 from experiments.config import Config, check_options
-from experiments.lab import Lab, check_cut, criterion_of, saved
+from experiments.lab import Lab, check_cut, saved
 from experiments.runner import Unit, Values
 from experiments.training import Fit, fit
-from orthoreg_ext import pruning
 
 WINDOW = 5  # masks that are compared, as in EarlyBird's released code
 Mask = frozenset[tuple[str, int]]
@@ -97,11 +96,5 @@ def _watched(lab: Lab, unit: Unit) -> Values:
 
 def _mask(lab: Lab, net: nn.Module, criterion: str, ratio: float) -> Mask:
     """The filters that would go now."""
-    planned = pruning.plan(
-        net.eval(),
-        lab.example,
-        criterion=criterion_of(criterion),
-        ratio=ratio,
-        data=lab.calibration(lab.config.recipe.calibration),
-    )
+    planned = lab.prune(net, criterion, ratio, dry_run=True)
     return frozenset((e["layer"], i) for e in planned.history for i in e["removed"])
