@@ -158,6 +158,8 @@ class Config:
             raise ValueError("arms is empty, expected one at least: leave it out for one of none")
         if Path(config.name).name != config.name:  # it names files
             raise ValueError(f"name is {config.name!r}, expected one that can be a file's")
+        if not 0 < (cap := config.recipe.max_layer_ratio) <= 1:
+            raise ValueError(f"recipe.max_layer_ratio is {cap}, expected a number in (0, 1]")
         return config
 
 

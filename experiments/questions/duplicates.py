@@ -29,8 +29,10 @@ Copies = dict[str, list[int]]  # layer -> the filters that its last ones are cop
 def stages(config: Config) -> Sequence[Sequence[Unit]]:
     """The networks, then the criteria."""
     check_options(config, {"criterion": list, "share": float, "noise": float})
+    if (share := config.options["share"]) > 1:
+        raise ValueError(f"options.share is {share}, expected a number of at most 1: one copy each")
     for name in config.options["criterion"]:
-        check_cut({"criterion": name, "ratio": config.options["share"]}, "options")
+        check_cut({"criterion": name, "ratio": share / (1 + share)}, "options")
     nets = [
         {"model": model, "arm": arm, "seed": seed}
         for seed, model, arm in itertools.product(config.seeds, config.models, config.arms)

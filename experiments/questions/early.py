@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from experiments.config import Config, check_options
+from experiments.config import Config, check_options, checked
 from experiments.lab import Lab, check_cut, saved
 from experiments.runner import Unit, Values
 from experiments.training import Fit, fit
@@ -32,6 +32,9 @@ def stages(config: Config) -> Sequence[Sequence[Unit]]:
     """The cuts, and the trainings that are watched; every unit trains its own network."""
     options = config.options
     check_options(config, {"at": list, "criterion": list, "ratio": list, "masks": list})
+    for at in options["at"]:
+        if not 0 < checked("options.at", at, float) <= 1:
+            raise ValueError(f"options.at is {at!r}, expected shares in (0, 1]")
     names = [*options["criterion"], *options["masks"]]
     for criterion, ratio in itertools.product(names, options["ratio"]):
         check_cut({"criterion": criterion, "ratio": ratio}, "options")

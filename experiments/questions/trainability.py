@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import orthoreg_ext as ox
-from experiments.config import Config, check_options
+from experiments.config import Config, check_options, checked
 from experiments.lab import Lab, check_cut
 from experiments.runner import Unit, Values
 from experiments.training import Fit, fit, steps_an_epoch
@@ -74,6 +74,8 @@ def stages(config: Config) -> Sequence[Sequence[Unit]]:
     options = config.options
     lists = {"methods": list, "ratio": list, "lr": list}
     check_options(config, {**lists, "epochs": int, "method_lr": float}, {"jacobian": int})
+    for lr in options["lr"]:
+        checked("options.lr", lr, float)
     for method, ratio in itertools.product(options["methods"], options["ratio"]):
         choose("method", method, METHODS)
         check_cut({"criterion": "l1", "ratio": ratio}, "options")
@@ -126,7 +128,8 @@ def cut_by(lab: Lab, net: nn.Module, unit: Unit) -> None:
         constant=True,
     )
     steps = epochs * steps_an_epoch(lab.train, recipe.batch_size)
-    make = partial(SCHEDULED[name], net, lab.example, ratio=ratio, steps=steps)
+    cap = recipe.max_layer_ratio  # as Lab.prune has it
+    make = partial(SCHEDULED[name], net, lab.example, ratio=ratio, max_layer_ratio=cap, steps=steps)
     key = {key: unit[key] for key in ("model", "arm", "seed", "method", "ratio")}
     store = lab.store("cut", **key)
     fit(net, lab.train, how, method=lambda optimizer: make(optimizer=optimizer), store=store)

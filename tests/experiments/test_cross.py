@@ -127,6 +127,16 @@ def test_the_training_after_a_cut_has_batches_of_its_own(
     assert [how.weight_decay for how in seen] == [recipe.weight_decay] * 2
 
 
+def test_the_cap_of_a_layer_is_the_recipes_where_the_cut_says_no_other(
+    tiny: Callable[..., Config], lab: Lab
+) -> None:
+    object.__setattr__(lab, "config", tiny(recipe={"max_layer_ratio": 0.5}))
+    net = lab.fresh(lab.config.models[0], 0)
+    with pytest.raises(ValueError, match="max_layer_ratio"):
+        lab.prune(net, "l1", 0.75)
+    assert lab.prune(net, "l1", 0.75, max_layer_ratio=0.8).saved["filters"] == 15 / 30
+
+
 @pytest.mark.parametrize(
     ("arm", "decay"),
     [

@@ -108,6 +108,16 @@ def test_every_method_has_the_same_budget(asked: Lab, monkeypatch: pytest.Monkey
     assert {unit["method"] for unit in scheduled} == {"greg1", "tpp"}
 
 
+def test_the_cap_of_a_layer_is_that_of_the_recipe(asked: Lab) -> None:
+    recipe = {**asked.config.document()["recipe"], "max_layer_ratio": 0.25}
+    config = Config.of({**asked.config.document(), "recipe": recipe})
+    object.__setattr__(asked, "config", config)
+    _, scheduled, _ = trainability.stages(config)
+    for unit in scheduled[:2]:
+        with pytest.raises(ValueError, match="max_layer_ratio"):
+            trainability.measure(asked, unit)
+
+
 def test_a_schedule_is_run_once_for_all_learning_rates(
     asked: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
