@@ -269,6 +269,8 @@ def _do(unit: Unit) -> float:
             values = question.measure(lab, unit)
     except DivergedError as error:
         values = {"diverged": str(error)}  # a result, too
+    except ValueError as error:
+        raise ValueError(f"{said(unit)}: {error}") from error
     seconds = time.monotonic() - begin
     found = {"unit": dict(unit), "values": values, "seconds": round(seconds, 2)}
     try:

@@ -123,7 +123,7 @@ def test_an_error_costs_its_unit_only(
         return {"value": 0.1 * unit["number"]}
 
     good, asked.does = asked.does, fails
-    with pytest.raises(ValueError, match="something is wrong"):
+    with pytest.raises(ValueError, match=rf"seed=\d number={stage}: something is wrong"):
         run(tiny(), place)
     (path,) = place.results.glob("*/tiny.json")
     assert values(path) == EXPECTED[:stage]
