@@ -35,7 +35,8 @@ def group_errors(net: nn.Module, samples: Samples, seed: int) -> dict[str, Group
     """Silences filters behind their BatchNorm, in eval mode, one by one and in groups of `GROUP`.
 
     Every 2-D BatchNorm counts as the filters in front of it; the groups are drawn at random and do
-    not overlap. A silent channel is what a cut leaves to the next layer.
+    not overlap. A silent channel is what a cut leaves to the next layer, where no shortcut
+    adds to it.
 
     Args:
         net: the network.

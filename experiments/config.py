@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -137,6 +138,12 @@ class Config:
     def kind(self) -> dict[str, Any]:
         """What the numbers of a unit depend on; more seeds only add units."""
         return {k: v for k, v in self.document().items() if k not in ("title", "seeds")}
+
+    @property
+    def networks(self) -> list[dict[str, Any]]:
+        """A unit for every trained network, all of a seed before the next one."""
+        ways = itertools.product(self.seeds, self.models, self.arms)
+        return [{"model": model, "arm": arm, "seed": seed} for seed, model, arm in ways]
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Config:

@@ -89,7 +89,7 @@ class Lab:
         return net
 
     def prune(self, net: nn.Module, criterion: str, ratio: float, **options: Any) -> Any:
-        """Cuts a network in place, by samples of the training images, in eval mode."""
+        """Cuts a network, by samples of the training images, in eval mode; as pruning.prune."""
         options = {"max_layer_ratio": self.config.recipe.max_layer_ratio, **options}
         return pruning.prune(
             net.eval(),
@@ -144,10 +144,16 @@ def check_cut(cut: Mapping[str, Any], where: str) -> None:
 
 def criterion_of(name: str) -> str | Criterion:
     """A criterion by its name; ``variety(HOST)`` and ``variety(HOST, MODE)`` are made here."""
+    host, mode = hosted(name)
+    return pruning.variety(host, mode) if mode else name
+
+
+def hosted(name: str) -> tuple[str, str]:
+    """The criterion in ``variety(HOST, MODE)``, and the mode; none of another criterion."""
     if not (isinstance(name, str) and name.startswith("variety(") and name.endswith(")")):
-        return name  # also what is none: it is refused by name where it is looked up
+        return name, ""  # also what is no name: it is refused where it is looked up
     host, _, mode = name.removeprefix("variety(").removesuffix(")").partition(",")
-    return pruning.variety(host.strip(), mode.strip() or "pairwise")
+    return host.strip(), mode.strip() or "pairwise"
 
 
 def saved(result: Any) -> dict[str, float]:

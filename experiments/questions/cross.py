@@ -28,10 +28,7 @@ def stages(config: Config) -> Sequence[Sequence[Unit]]:
     """Networks first, then their cuts; all of a seed before the next one."""
     check_options(config, {"cuts": list}, {"samples": int, "ablate": int})
     cuts = [cut for grid in config.options["cuts"] for cut in _cuts(grid)]
-    nets = [
-        {"model": model, "arm": arm, "seed": seed}
-        for seed, model, arm in itertools.product(config.seeds, config.models, config.arms)
-    ]
+    nets = config.networks
     return nets, [{**net, "cut": cut} for net in nets for cut in cuts]
 
 

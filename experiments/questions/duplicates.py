@@ -11,7 +11,6 @@ relative to that of the layer's weights.
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import deepcopy
@@ -33,10 +32,7 @@ def stages(config: Config) -> Sequence[Sequence[Unit]]:
         raise ValueError(f"options.share is {share}, expected a number of at most 1: one copy each")
     for name in config.options["criterion"]:
         check_cut({"criterion": name, "ratio": share / (1 + share)}, "options")
-    nets = [
-        {"model": model, "arm": arm, "seed": seed}
-        for seed, model, arm in itertools.product(config.seeds, config.models, config.arms)
-    ]
+    nets = config.networks
     return nets, [
         {**net, "criterion": name} for net in nets for name in config.options["criterion"]
     ]

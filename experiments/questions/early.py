@@ -38,10 +38,7 @@ def stages(config: Config) -> Sequence[Sequence[Unit]]:
     names = [*options["criterion"], *options["masks"]]
     for criterion, ratio in itertools.product(names, options["ratio"]):
         check_cut({"criterion": criterion, "ratio": ratio}, "options")
-    nets = [
-        {"model": model, "arm": arm, "seed": seed}
-        for seed, model, arm in itertools.product(config.seeds, config.models, config.arms)
-    ]
+    nets = config.networks
     ways = list(itertools.product(options["at"], options["criterion"], options["ratio"]))
     cuts = [
         {**net, "at": at, "criterion": criterion, "ratio": ratio}

@@ -79,10 +79,7 @@ def stages(config: Config) -> Sequence[Sequence[Unit]]:
     for method, ratio in itertools.product(options["methods"], options["ratio"]):
         choose("method", method, METHODS)
         check_cut({"criterion": "l1", "ratio": ratio}, "options")
-    nets = [
-        {"model": model, "arm": arm, "seed": seed}
-        for seed, model, arm in itertools.product(config.seeds, config.models, config.arms)
-    ]
+    nets = config.networks
     cuts = [
         {**net, "method": method, "ratio": ratio}
         for net in nets

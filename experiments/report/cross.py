@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from experiments.lab import hosted
 from experiments.report.cells import (
     GAINS,
     LEFT,
@@ -261,11 +262,8 @@ def variety(result: Result) -> Parts:
 def _hosted(row: Row) -> Row:
     """With ``variety(HOST, MODE)`` taken apart."""
     keys = dict(row.keys)
-    name = keys.pop("criterion")
-    host, mode = name, HOST
-    if name.startswith("variety("):
-        host, _, mode = name.removeprefix("variety(").removesuffix(")").partition(", ")
-    return replace(row, keys={**keys, "host": host, "mode": mode or "pairwise"})
+    host, mode = hosted(keys.pop("criterion"))
+    return replace(row, keys={**keys, "host": host, "mode": mode or HOST})
 
 
 VIEWS: Mapping[str, View] = {

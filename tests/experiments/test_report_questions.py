@@ -110,7 +110,7 @@ def test_options_that_a_cut_does_not_name_are_its_defaults() -> None:
 
 
 def test_variety_is_compared_with_the_criterion_that_it_hosts() -> None:
-    found = {"l1": 80.0, "variety(l1)": 82.0, "variety(l1, gate)": 79.5}
+    found = {"l1": 80.0, "variety(l1)": 82.0, "variety(l1,gate)": 79.5}
     found |= {"fisher": 90.0, "variety(fisher)": 91.0}
     units = [cut_unit("none", name, r, 0, x) for name, x in found.items() for r in (0.5, 0.75)]
     text = text_of(result("cross", units, seeds=1), "variety")
