@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,8 @@ KINDS = {
     list: "a list",
     Mapping: "a table",
 }
+NAME = re.compile(r"\w[\w.+-]*")
+LAST_SEED = 10**12  # what is drawn from one is some million times as large
 POSITIVE = {"train", "test", "image_size", "batch_size", "calibration", "threads"}
 
 
@@ -163,8 +166,14 @@ class Config:
         choose("device", config.device, ("cpu", "cuda"))
         if not config.arms:
             raise ValueError("arms is empty, expected one at least: leave it out for one of none")
-        if Path(config.name).name != config.name:  # it names files
-            raise ValueError(f"name is {config.name!r}, expected one that can be a file's")
+        if not NAME.fullmatch(config.name) or config.name == "runs":
+            raise ValueError(
+                f"name is {config.name!r}, expected letters, digits and any of '_.+-', and not "
+                "'runs': it names files and a block of the page; rename the file, or set name"
+            )
+        for i, seed in enumerate(config.seeds):
+            if seed > LAST_SEED:
+                raise ValueError(f"seeds[{i}] is {seed}, expected a number up to {LAST_SEED}")
         if not 0 < (cap := config.recipe.max_layer_ratio) <= 1:
             raise ValueError(f"recipe.max_layer_ratio is {cap}, expected a number in (0, 1]")
         return config
@@ -211,14 +220,24 @@ def checked(key: str, value: object, kind: Any) -> Any:
         raise ValueError(f"{key} is {value!r}, expected {KINDS[kind]}")
     if kind in (int, float):
         least = 1 if key.rpartition(".")[2] in POSITIVE else 0
-        if not math.isfinite(value) or value < least:  # type: ignore[arg-type, operator]
+        try:
+            fits = math.isfinite(value) and value >= least  # type: ignore[arg-type, operator]
+        except OverflowError:  # an integer of more digits than a float holds
+            fits = False
+        if not fits:
             raise ValueError(f"{key} is {value!r}, expected {KINDS[kind]} of at least {least}")
     return value
 
 
 def _arm(values: object, where: str) -> Arm:
     arm: Arm = _built(Arm, values, where)
-    if arm.penalty is not None:
+    if arm.penalty is None:
+        if replace(arm, weight_decay=None) != Arm():
+            raise ValueError(
+                f"{where} has a strength, side or layer_weights, but no penalty to use them: set "
+                "penalty, or leave them out"
+            )
+    else:
         try:
             choose("side", arm.side, SIDES)
             check_penalty(arm.penalty, arm.side, arm.layer_weights, "conv", None)

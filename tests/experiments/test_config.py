@@ -54,7 +54,16 @@ WRONG = {
     "[recipe]\nflip = 1": r"recipe.flip is 1, expected true or false",
     "[data]\ntrain = 0": r"data.train is 0, expected a whole number of at least 1",
     "[data]\nsource = 3": r"data.source is 3, expected a text",
+    "[recipe]\nlr = 1" + "0" * 400: r"recipe.lr is 10+, expected a number of at least 0",
+    "[arms.a]\nstrength = 0.1": r"arms.a has a strength.* but no penalty.*: set penalty",
+    "[arms.a]\nside = 'rows'": r"arms.a has a .*side.* but no penalty.*: set penalty",
+    f"seeds = [{2**63}]": r"seeds\[0\] is 9223372036854775808, expected a number up to",
     "name = '../x'": r"name is '../x'",
+    "name = ''": r"name is '', expected letters",
+    "name = '..'": r"name is '..', expected letters",
+    "name = 'a b'": r"name is 'a b', .* rename the file",
+    "name = 'a:b'": r"name is 'a:b', expected letters",
+    "name = 'runs'": r"name is 'runs', .* a block of the page",
     "seeds = [0": r"at end of document|Unclosed array",
 }
 
