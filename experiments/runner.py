@@ -30,8 +30,9 @@ from experiments.config import Config, fingerprint
 from experiments.lab import Lab, versions
 from experiments.training import REMEDY
 from orthoreg_ext.errors import choose
+from orthoreg_ext.experiment.data import Dataset
 from orthoreg_ext.experiment.files import write_atomic
-from orthoreg_ext.experiment.models import model_factory
+from orthoreg_ext.experiment.models import build_model, model_factory
 from orthoreg_ext.experiment.train import DivergedError, deterministic
 from orthoreg_ext.machine import describe
 
@@ -51,6 +52,10 @@ class Question(Protocol):
 
     def measure(self, lab: Lab, unit: Unit) -> Values:
         """What one unit found, ready for JSON."""
+
+
+class UnitError(RuntimeError):
+    """A unit failed with an error that nobody foresaw; its traceback is that of the cause."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ def run(config: Config, place: Place, *, jobs: int = 1, minutes: float | None = 
     _make(place.results)
     total = sum(len(stage) for stage in stages)
     left = [[unit for unit in stage if _found(folder, unit) is None] for stage in stages]
+    if any(left):
+        _check_models(config, dataset)
     count = total - sum(len(stage) for stage in left)
     print(f"{config.name}: {total} units, {count} done before", flush=True)
     begin, seconds = time.monotonic(), list[float]()
@@ -124,7 +131,10 @@ def run(config: Config, place: Place, *, jobs: int = 1, minutes: float | None = 
 
 def _stages(config: Config) -> list[list[Unit]]:
     """The units, stage by stage, each with a file of its own."""
-    stages = [list(stage) for stage in question_of(config).stages(config)]
+    try:
+        stages = [list(stage) for stage in question_of(config).stages(config)]
+    except ValueError as error:
+        raise ValueError(f"{config.name}: {error}") from error
     units = [unit for stage in stages for unit in stage]
     if not units:
         raise ValueError(f"{config.name}: question {config.question!r} has no unit to measure")
@@ -143,6 +153,17 @@ def _check_machine(config: Config) -> None:
         model_factory(model)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch finds no GPU here; set device = \"cpu\"")
+
+
+def _check_models(config: Config, dataset: Dataset) -> None:
+    """Builds every network once, so that none is found wanting when others have been trained."""
+    classes, shape = len(dataset.classes), dataset.image_shape
+    try:
+        for model in config.models:
+            build_model(model, num_classes=classes, image_shape=shape, seed=config.seeds[0])
+    except ValueError as error:  # it names options of another command
+        says = str(error).replace("--channels 3", "images of 3 channels")
+        raise ValueError(says.replace("--image-size", "data.image_size")) from error
 
 
 def _make(folder: Path) -> None:
@@ -198,18 +219,24 @@ def _file(folder: Path, unit: Unit) -> Path:
     return folder / f"unit-{fingerprint(dict(unit))}.json"
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(text)  # NaN or Infinity, which the runner does not write
+
+
 def _found(folder: Path, unit: Unit) -> dict[str, Any] | None:
     """What was measured of a unit; None, too, where its file is damaged: it is measured again."""
     path = _file(folder, unit)
     try:
-        found: Any = json.loads(path.read_bytes())
+        found: Any = json.loads(path.read_bytes(), parse_constant=_no_number)
     except FileNotFoundError:
         return None
     except ValueError:
         found = None
     whole = isinstance(found, dict) and found.keys() == FOUND
     if whole and found["unit"] == json.loads(json.dumps(dict(unit))):
-        return dict(found)
+        values, seconds = found["values"], found["seconds"]
+        if isinstance(values, dict) and values and isinstance(seconds, int | float):
+            return dict(found)
     print(f"{str(path)!r} is damaged: measured again", flush=True)
     return None
 
@@ -271,6 +298,10 @@ def _do(unit: Unit) -> float:
         values = {"diverged": str(error)}  # a result, too
     except ValueError as error:
         raise ValueError(f"{said(unit)}: {error}") from error
+    except (OSError, ImportError):
+        raise  # they name the file and the package
+    except Exception as error:  # of a network or a question of one's own: where, above all
+        raise UnitError(f"{said(unit)}: {type(error).__name__}: {error}") from error
     seconds = time.monotonic() - begin
     found = {"unit": dict(unit), "values": values, "seconds": round(seconds, 2)}
     try:

@@ -184,7 +184,14 @@ def _restored(
         raise ValueError(f"{reason}; remove it, then run the same command again") from error
     if method is not None:
         method.load_state_dict(record["method"])  # first: it removes what had been removed
-    restore_training(net, optimizer, tensors)
+    try:
+        restore_training(net, optimizer, tensors)
+    except ValueError as error:
+        reason = str(error).partition(": ")[2]
+        raise ValueError(
+            f"{str(store)!r} is the state of another network than is built now: {reason}; if its "
+            f"code was changed, remove {str(store.parent)!r}: what it holds is of the old one"
+        ) from error
     if regularizer is not None and record.get("regularizer") is not None:
         vectors = under(VECTORS, tensors)
         regularizer.load_state_dict({**record["regularizer"], "vectors": vectors})

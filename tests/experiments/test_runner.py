@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import pickle
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +18,7 @@ from experiments import __main__ as command
 from experiments import runner
 from experiments.config import Config
 from experiments.lab import Lab
-from experiments.runner import Place, Unit, run
+from experiments.runner import Place, Unit, UnitError, run
 from orthoreg_ext.experiment.train import DivergedError
 
 Configs = Callable[..., Config]
@@ -132,6 +133,31 @@ def test_an_error_costs_its_unit_only(
     assert asked.measured == [*range(stage + 1), *range(stage, 6)]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("two shapes"), KeyError("x"), AssertionError()])
+def test_an_error_that_nobody_foresaw_names_its_unit(
+    tiny: Configs, place: Place, asked: Asked, error: Exception
+) -> None:
+    def fails(unit: Unit) -> dict[str, Any]:
+        raise error
+
+    asked.does = fails
+    with pytest.raises(UnitError, match=rf"^seed=0 number=0: {type(error).__name__}: ") as raised:
+        run(tiny(), place)
+    assert raised.value.__cause__ is error
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)  # of a process
+
+
+@pytest.mark.parametrize("network", ["blind", "coloured"])
+def test_every_network_is_built_before_anything_is_trained(
+    tiny: Configs, place: Place, asked: Asked, network: str
+) -> None:
+    models = ["tests.experiments.nets:tiny", f"tests.experiments.nets:{network}"]
+    says = {"blind": "returned .*expected .1, 10.", "coloured": "pass images of 3 .* data.image_s"}
+    with pytest.raises(ValueError, match=f"{network}' .*{says[network]}"):
+        run(tiny(models=models), place)
+    assert asked.measured == []
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "torn": lambda text: text[:-3],
     "empty": lambda text: b"",
@@ -139,6 +165,10 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "null": lambda text: b"null",
     "list": lambda text: b"[]",
     "part": lambda text: b'{"unit": {}}',
+    "no values": lambda text: text.replace(b'{"value": 0.2}', b"3"),
+    "empty values": lambda text: text.replace(b'{"value": 0.2}', b"{}"),
+    "not a number": lambda text: text.replace(b"0.2}", b"NaN}"),
+    "no seconds": lambda text: text.replace(b"60", b'"x"'),
     "another": lambda text: text.replace(b'"number": 2', b'"number": 3'),
 }
 
@@ -154,7 +184,9 @@ def test_a_damaged_unit_is_measured_again(
     before = run(tiny(), place).read_text()
     (folder,) = place.work.iterdir()
     (path,) = [f for f in folder.iterdir() if b'"number": 2' in f.read_bytes()]
-    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](whole))
+    assert path.read_bytes() != whole
     capsys.readouterr()
     assert run(tiny(), place).read_text() == before
     assert asked.measured == [*range(6), 2]

@@ -164,6 +164,13 @@ def test_a_damaged_state_is_refused_by_name(lab: Lab, tmp_path: Path, damage: st
     assert "--out" not in str(error.value)
 
 
+def test_a_state_of_another_network_is_refused_by_name(lab: Lab, tmp_path: Path) -> None:
+    store = tmp_path / "net.safetensors"
+    fit(lab.fresh("vgg", 0), lab.train, Fit(1, 0.1, 0, 32), store=store)
+    with pytest.raises(ValueError, match=r"net.safetensors' is the state of another .*remove '"):
+        fit(lab.fresh("resnet", 0), lab.train, Fit(1, 0.1, 0, 32), store=store)
+
+
 def test_a_full_disk_leaves_the_state_before(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
