@@ -168,7 +168,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "no values": lambda text: text.replace(b'{"value": 0.2}', b"3"),
     "empty values": lambda text: text.replace(b'{"value": 0.2}', b"{}"),
     "not a number": lambda text: text.replace(b"0.2}", b"NaN}"),
-    "no seconds": lambda text: text.replace(b"60", b'"x"'),
+    "no seconds": lambda text: text.replace(b"60.0", b'"x"'),
     "another": lambda text: text.replace(b'"number": 2', b'"number": 3'),
 }
 
