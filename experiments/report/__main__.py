@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.check:
             write(options.page, made)
         old = stale(options.page, made)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name in old:

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.plots import STYLE, svg
 from experiments.config import fingerprint
 from experiments.report.spread import Spread
+from orthoreg_ext.experiment.extras import require
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the first is for what is plain.
 COLORS = ("#666666", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#a6761d")
@@ -100,9 +101,7 @@ class Figure:
 
 def draw(figure: Figure) -> str:
     """The SVG; the same text for the same numbers and the same matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
+    require("matplotlib").use("Agg", force=False)
     from matplotlib import pyplot
 
     plt: Any = pyplot  # its keys are literals to mypy

@@ -146,9 +146,10 @@ def leftover(folder: Path, made: Page) -> list[Path]:
 def write(page: Path, made: Page) -> None:
     """Writes the page and its figures, and removes those of former results."""
     folder = page.parent / "figures"
+    drawn = {file: draw(figure) for file, figure in made.figures.items()}
     folder.mkdir(parents=True, exist_ok=True)
     page.write_text(made.text)
-    for file, figure in made.figures.items():
-        (folder / file).write_text(draw(figure))
+    for file, text in drawn.items():
+        (folder / file).write_text(text)
     for path in leftover(folder, made):
         path.unlink()

@@ -13,7 +13,7 @@ from . import checks
 from .calibration import Loss, check_data
 from .engine import Engine
 from .result import PrunePlan, PruneResult, RoundError
-from .rules import Rules
+from .rules import Rules, default_cap
 from .schedule import check_ratio, check_rounds, removed_share
 from .scores import Criterion
 
@@ -32,7 +32,7 @@ def prune(
     ignored: Iterable[str | nn.Module] = (),
     rounds: int = 1,
     between_rounds: Callable[[nn.Module, int], object] | None = None,
-    max_layer_ratio: float = 0.95,
+    max_layer_ratio: float | None = None,
     normalize: str | None = None,
     group_reduction: str = "mean",
     bias: bool = False,
@@ -90,7 +90,9 @@ def prune(
         between_rounds: called as between_rounds(model, round) after every round but the last, e.g.
             to train.
         max_layer_ratio: the largest share of a group's units, of its original count, that may go;
-            the most important stay.
+            the most important stay. None: 0.9, or (1 + ratio) / 2 for ratios above 0.8. OrthoReg's
+            code has 0.95, which cost 5 to 8 points of accuracy on thin networks that lose three
+            quarters of their filters (docs/evidence.md).
         normalize: None, or divide the scores of each group by the "mean", "max" or "sum" of their
             absolute values.
         group_reduction: "mean", "sum", "max", or "first" (the first layer of the group decides).
@@ -126,11 +128,12 @@ def prune(
         KeyboardInterrupt: passes unchanged; a round that it meets is undone, those before stay.
     """
     with together("checking the arguments"):
+        check_ratio(ratio)
         rules = Rules(
             criterion=criterion,
             scope=scope,
             round_to=round_to,
-            max_layer_ratio=max_layer_ratio,
+            max_layer_ratio=default_cap(ratio) if max_layer_ratio is None else max_layer_ratio,
             normalize=normalize,
             group_reduction=group_reduction,
             bias=bias,
@@ -138,7 +141,6 @@ def prune(
             target=target,
             rescore_every=rescore_every,
         )
-        check_ratio(ratio)
         check_rounds(rounds)
         checks.check_callable("loss", loss, "loss(output, target)")
         checks.check_callable("between_rounds", between_rounds, "between_rounds(model, round)")

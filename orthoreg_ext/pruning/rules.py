@@ -12,6 +12,11 @@ from .selection import SCOPES, Limits
 from .targets import TARGETS
 
 
+def default_cap(ratio: float) -> float:
+    """The `max_layer_ratio` of :func:`~.prune.prune` where none is given, for a checked ratio."""
+    return max(0.9, (1 + ratio) / 2)
+
+
 @dataclass(frozen=True)
 class Rules:
     """How units are scored, ranked and limited.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,16 @@ def test_damaged_results_are_named(
         r"cross-y.json' holds no results.* experiments cross-y", capsys.readouterr().err
     )
     assert (place / "page.md").read_text() == PAGE
+
+
+def test_without_matplotlib_nothing_is_written(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert call(place) == 1
+    assert "error: matplotlib is not installed; install it with" in capsys.readouterr().err
+    assert (place / "page.md").read_text() == PAGE
+    assert not (place / "figures").exists()
 
 
 def test_the_epochs_of_a_schedule_are_told() -> None:

@@ -143,6 +143,18 @@ def test_no_group_loses_more_than_the_cap(x: Tensor) -> None:
     assert kept == best.tolist()
 
 
+@pytest.mark.parametrize(("ratio", "cap"), [(0.3, 0.9), (0.8, 0.9), (0.9, 0.95)])
+def test_without_a_cap_it_is_nine_tenths_or_half_of_what_the_ratio_leaves(
+    x: Tensor, ratio: float, cap: float
+) -> None:
+    first = nn.Conv2d(3, 40, 3)
+    first.weight.data *= 1e-3  # all of it would go
+    model = nn.Sequential(first, nn.Conv2d(40, 160, 3), nn.Conv2d(160, 5, 3))
+    result = prune(model, x, criterion="l1", ratio=ratio)
+    assert result.settings["max_layer_ratio"] == pytest.approx(cap)
+    assert first.out_channels == round(40 * (1 - cap))
+
+
 def test_ignored_may_be_names_modules_or_containers(x: Tensor) -> None:
     model = ResNet()
     result = prune(model, x, criterion="l1", ratio=0.3, ignored=["layer2", model.layer1.conv1])
@@ -246,7 +258,10 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         ({"ratio": float("nan")}, "ratio is nan"),
         ({"ratio": 0.95}, r"would empty a layer .*: it asks for 43 of 46 prunable filters.*conv1"),
         ({"ratio": 0.01}, "removes nothing"),
-        ({"ratio": 0.96, "scope": "local"}, "above max_layer_ratio=0.95"),
+        (
+            {"ratio": 0.96, "scope": "local", "max_layer_ratio": 0.95},
+            "above max_layer_ratio=0.95",
+        ),
         ({"ratio": 0.8, "round_to": 8}, "would empty a layer.*round_to=8"),
         ({"criterion": "fischer"}, "unknown criterion 'fischer'; did you mean 'fisher'"),
         ({"target": "flops"}, "unknown target 'flops'"),
