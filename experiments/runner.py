@@ -29,6 +29,7 @@ from experiments import data, questions
 from experiments.config import Config, fingerprint
 from experiments.lab import Lab, versions
 from experiments.training import REMEDY
+from orthoreg_ext import pruning
 from orthoreg_ext.errors import choose
 from orthoreg_ext.experiment.data import Dataset
 from orthoreg_ext.experiment.files import write_atomic
@@ -38,6 +39,7 @@ from orthoreg_ext.machine import describe
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+SIZE = {"ratio", "scope", "target", "max_layer_ratio", "round_to"}  # of a cut, whatever goes in it
 FOUND = {"unit", "values", "seconds"}  # what the file of a unit holds
 
 Unit = Mapping[str, Any]
@@ -105,7 +107,7 @@ def run(config: Config, place: Place, *, jobs: int = 1, minutes: float | None = 
     total = sum(len(stage) for stage in stages)
     left = [[unit for unit in stage if _found(folder, unit) is None] for stage in stages]
     if any(left):
-        _check_models(config, dataset)
+        _check_networks(config, dataset, [unit for stage in left for unit in stage])
     count = total - sum(len(stage) for stage in left)
     print(f"{config.name}: {total} units, {count} done before", flush=True)
     begin, seconds = time.monotonic(), list[float]()
@@ -155,15 +157,26 @@ def _check_machine(config: Config) -> None:
         raise ValueError("device is 'cuda', but torch finds no GPU here; set device = \"cpu\"")
 
 
-def _check_models(config: Config, dataset: Dataset) -> None:
-    """Builds every network once, so that none is found wanting when others have been trained."""
+def _check_networks(config: Config, dataset: Dataset, units: Sequence[Unit]) -> None:
+    """Builds every network and tries every size of a cut, before hours went into a training."""
     classes, shape = len(dataset.classes), dataset.image_shape
+    found = [cut for unit in units if isinstance(cut := unit.get("cut"), Mapping)]  # of Lab.prune
+    found = [cut for cut in found if {"criterion", "ratio"} <= cut.keys()]
+    cuts = {json.dumps({k: v for k, v in cut.items() if k in SIZE}): cut for cut in found}
+    example = dataset.train.batch(slice(0, 1))[0]
+    cap, told = {"max_layer_ratio": config.recipe.max_layer_ratio}, ""
     try:
         for model in config.models:
-            build_model(model, num_classes=classes, image_shape=shape, seed=config.seeds[0])
-    except ValueError as error:  # it names options of another command
+            told = ""
+            net = build_model(model, num_classes=classes, image_shape=shape, seed=config.seeds[0])
+            for text, cut in cuts.items():
+                size = json.loads(text)
+                if size.get("target") != "latency":  # which has to be measured
+                    told = f"{model}, cut={cut}: "
+                    pruning.prune(net.eval(), example, criterion="l1", dry_run=True, **cap | size)
+    except ValueError as error:  # it may name options of another command
         says = str(error).replace("--channels 3", "images of 3 channels")
-        raise ValueError(says.replace("--image-size", "data.image_size")) from error
+        raise ValueError(told + says.replace("--image-size", "data.image_size")) from error
 
 
 def _make(folder: Path) -> None:

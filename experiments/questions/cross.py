@@ -36,6 +36,10 @@ def _cuts(grid: object) -> list[dict[str, Any]]:
     """Every combination of the lists of a table."""
     table = checked("options.cuts", grid, Mapping)
     lists = [checked(f"options.cuts.{key}", values, list) for key, values in table.items()]
+    if [] in lists:  # it would be a table of no cut
+        raise ValueError(
+            f"options.cuts: an empty list in {dict(table)}, expected one value at least"
+        )
     cuts = [dict(zip(table, way, strict=True)) for way in itertools.product(*lists)]
     for cut in cuts:
         check_cut(cut, "options.cuts")

@@ -35,6 +35,10 @@ def stages(config: Config) -> Sequence[Sequence[Unit]]:
     for at in options["at"]:
         if not 0 < checked("options.at", at, float) <= 1:
             raise ValueError(f"options.at is {at!r}, expected shares in (0, 1]")
+    if options["masks"] and not options["ratio"]:
+        raise ValueError("options.ratio is [], expected a ratio for the masks of options.masks")
+    if config.recipe.epochs < 1:
+        raise ValueError("recipe.epochs is 0, expected one at least: a cut comes after a share")
     names = [*options["criterion"], *options["masks"]]
     for criterion, ratio in itertools.product(names, options["ratio"]):
         check_cut({"criterion": criterion, "ratio": ratio}, "options")

@@ -84,6 +84,7 @@ WRONG_LATER = {
     "[[options.cuts]]\nratio = [1.5]\ncriterion = ['l1']": r"options.cuts: ratio is 1.5",
     "[[options.cuts]]\nratio = 0.5\ncriterion = ['l1']": r"options.cuts.ratio is 0.5, .* a list",
     "[[options.cuts]]\nratio = [0.5]": r"options.cuts: criterion missing",
+    "[[options.cuts]]\nratio = []\ncriterion = ['l1']": r"options.cuts: an empty list in .*'ratio'",
     "[[options.cuts]]\nratio = [0.5]\ncriterion = ['l3']": r"options.cuts: unknown criterion 'l3'",
     "[[options.cuts]]\nratio = [0.5]\ncriterion = ['variety(l3)']": r"unknown criterion 'l3'",
     "[[options.cuts]]\nratio = [0.5]\ncriterion = ['l1']\nscop = ['x']": r"did you mean 'scope'",
@@ -209,6 +210,7 @@ def changed(name: str, key: str, value: Any) -> Config:
     ("name", "key", "value", "says"),
     [
         ("early-digits", "ratio", [0.5, 2], "options: ratio is 2"),
+        ("early-digits", "ratio", [], r"options.ratio is \[\], expected a ratio for the masks"),
         ("early-digits", "at", [0.5, 2], r"options.at is 2, expected shares in .0, 1."),
         ("early-digits", "at", ["x"], "options.at is 'x', expected a number"),
         ("early-digits", "masks", ["bn"], "options: unknown criterion 'bn'"),
@@ -228,4 +230,12 @@ def changed(name: str, key: str, value: Any) -> Config:
 def test_every_question_checks_its_options(name: str, key: str, value: Any, says: str) -> None:
     config = changed(name, key, value)
     with pytest.raises(ValueError, match=says):
+        question_of(config).stages(config)
+
+
+def test_nothing_is_early_in_no_training() -> None:
+    document = load("early-digits").document()
+    document["recipe"]["epochs"] = 0
+    config = Config.of(document)
+    with pytest.raises(ValueError, match=r"recipe.epochs is 0, expected one at least"):
         question_of(config).stages(config)

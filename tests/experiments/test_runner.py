@@ -158,6 +158,18 @@ def test_every_network_is_built_before_anything_is_trained(
     assert asked.measured == []
 
 
+def test_a_cut_that_cannot_be_made_is_said_before_anything_is_trained(
+    tiny: Configs, place: Place
+) -> None:
+    good = {"criterion": ["l1"], "ratio": [0.5, 0.9]}
+    config = tiny(options={"cuts": [good, {**good, "max_layer_ratio": [0.8]}]})
+    with pytest.raises(ValueError, match=r"nets:tiny, cut=.*0\.9.*0\.8.*: ratio=0.9 would empty"):
+        run(config, place)
+    assert not list(place.work.glob("*/*"))
+    latency = {**good, "ratio": [0.01], "target": ["latency"]}  # is measured: not in advance
+    assert len(values(run(tiny(options={"cuts": [latency]}, seeds=[0]), place, minutes=0))) == 0
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "torn": lambda text: text[:-3],
     "empty": lambda text: b"",
