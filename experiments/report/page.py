@@ -22,8 +22,21 @@ View = Callable[[Result], Sequence[str | Figure]]
 
 
 def views_of(question: str) -> Mapping[str, View]:
-    """How the results of a question can be shown."""
-    found: Mapping[str, View] = importlib.import_module(f"experiments.report.{question}").VIEWS
+    """How the results of a question can be shown.
+
+    Raises:
+        ValueError: nothing is written for it.
+    """
+    name = f"experiments.report.{question}"
+    try:
+        found: Mapping[str, View] = importlib.import_module(name).VIEWS
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise  # something that the module needs
+        raise ValueError(
+            f"question {question!r} has no report: write experiments/report/{question}.py with its "
+            "VIEWS, as CONTRIBUTING.md shows"
+        ) from error
     return found
 
 

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PARTS = {  # what is read of a document beside its units
+    "config": ("name", "question", "seeds", "models", "data", "recipe", "options"),
+    "machine": ("name", "slug", "device", "threads", "torch"),
+}
 Scalar = str | int | float | bool | None
 
 
@@ -96,12 +100,32 @@ def load(folder: Path) -> list[Result]:
 
 def _read(path: Path) -> Result:
     try:
-        return Result.of(json.loads(path.read_text()))
+        document = json.loads(path.read_text())
+        _check(document)
+        return Result.of(document)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{str(path)!r} holds no results ({type(error).__name__}: {error}); remove it, then "
             f"run python -m experiments {path.stem}, which writes it anew"
         ) from error
+
+
+def _check(document: Mapping[str, Any]) -> None:
+    """Refuses what would fail, or count twice, in a table: a file that was edited by hand."""
+    for part, keys in PARTS.items():
+        for key in keys:
+            document[part][key]  # raises
+    for key in ("seconds", "planned"):
+        if not isinstance(document[key], int | float):
+            raise TypeError(f"{key} is {document[key]!r}, expected a number")
+    seen = set[str]()
+    for entry in document["units"]:
+        unit = json.dumps(entry["unit"], sort_keys=True)
+        if not isinstance(entry["values"], Mapping):
+            raise TypeError(f"the values of {unit} are {entry['values']!r}, expected a table")
+        if unit in seen:
+            raise ValueError(f"{unit} is there twice")
+        seen.add(unit)
 
 
 def having(rows: Sequence[Row], *names: str) -> list[Row]:

@@ -220,6 +220,36 @@ def test_results_that_no_block_shows_are_named(
     assert "no block shows hidden" in capsys.readouterr().out
 
 
+EDITED: dict[str, Any] = {
+    "machine": {"name": "x"},
+    "config": {"name": "cross-y"},
+    "seconds": "1",
+    "planned": None,
+    "units": [{**cross()["units"][0], "values": "98"}],
+}
+
+
+@pytest.mark.parametrize("part", [*EDITED, "twice"])
+def test_results_that_were_edited_are_named(
+    place: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    whole = cross()
+    changed = {"units": whole["units"] * 2} if part == "twice" else {part: EDITED[part]}
+    path = place / "results" / "some-cpu" / "cross-y.json"
+    path.write_text(json.dumps({**whole, **changed}))
+    assert call(place) == 1
+    assert re.search(r"cross-y.json' holds no results.* remove it", capsys.readouterr().err)
+
+
+def test_a_question_without_a_report_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = place / "results" / "some-cpu" / "cross-x.json"
+    path.write_text(path.read_text().replace('"question": "cross"', '"question": "noise"'))
+    assert call(place) == 1
+    assert "question 'noise' has no report: write experiments/re" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"units": [{"unit": {}}]}', "null"])
 def test_damaged_results_are_named(
     place: Path, capsys: pytest.CaptureFixture[str], text: str
