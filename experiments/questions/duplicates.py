@@ -82,12 +82,23 @@ def widened(net: nn.Module, share: float, noise: float, seed: int) -> tuple[nn.S
     """A network that computes the same, with copies of some filters of every convolution.
 
     Args:
-        net: convolutions, BatchNorms and layers without parameters in a row, and one linear layer
-            behind a global mean; it is left alone.
+        net: convolutions without bias or groups, each with a BatchNorm2d, layers without parameters
+            in a row, and one linear layer behind a global mean; it is left alone.
         share: copies for each filter of a layer.
         noise: standard deviation of what is added to a copy, relative to that of the weights.
         seed: of the choice and of the noise.
+
+    Raises:
+        ValueError: the network has a layer of another kind.
     """
+    for name, module in net.named_children():
+        plain = isinstance(module, nn.Conv2d) and module.bias is None and module.groups == 1
+        plain = plain or isinstance(module, nn.BatchNorm2d | nn.Linear)
+        if not plain and next(module.parameters(), None) is not None:
+            raise ValueError(
+                f"layer {name!r} is {type(module).__name__}, which is not widened here: expected "
+                "a row of convolutions without bias or groups, BatchNorm2d and Linear, such as vgg"
+            )
     generator = torch.Generator().manual_seed(seed)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     copies: Copies = {}

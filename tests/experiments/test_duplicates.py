@@ -105,3 +105,12 @@ def test_as_many_are_cut_as_were_planted(
     assert (values["found"], values["lost"]) == (1.0, 0.0)
     rows = {row.name: (row.before, row.after) for row in seen[0].layers}
     assert (rows["conv1"], rows["conv2"]) == ((12, 8), (18, 12))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1, groups=2, bias=False), nn.BatchNorm1d(3), nn.GRU(2, 2)],
+)
+def test_a_network_that_cannot_be_widened_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match=rf"layer '0' is {type(layer).__name__}, .* such as vgg"):
+        duplicates.widened(nn.Sequential(layer, nn.Linear(4, 2)), 0.5, 0.1, 0)
