@@ -123,6 +123,7 @@ def _curves(result: Result, rows: Sequence[Row], name: str, panels_by: Sequence[
         Panel(said(panels_by, keys), lines_of(mine, name, "ratio", of("finetuned"), result.seeds))
         for keys, mine in split(rows, panels_by).items()
     ]
+    panels = [panel for panel in panels if panel.drawn]
     note = caption(result, rows, SHADE)
     y, columns = "accuracy after fine-tuning, %", min(5, len(levels(rows, panels_by[-1])))
     return [Figure("accuracy", note, RATIO, y, tuple(panels), columns=columns)]
@@ -141,7 +142,8 @@ def effects(result: Result) -> Parts:
         for keys, mine in split(paired(rows, name, base, of("finetuned")), tables).items():
             lines = lines_of(mine, name, "ratio", of("gain"), result.seeds)
             title = ", ".join([f"over {base}", *([said(tables, keys)] if keys else [])])
-            panels.append(Panel(title, lines))
+            panel = Panel(title, lines)
+            panels += [panel] if panel.drawn else []
     if not parts:
         return []
     note = caption(result, rows, GAINS)

@@ -55,6 +55,11 @@ class Panel:
     title: str
     lines: tuple[Line, ...]
 
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a line in it: of one point each a table says more."""
+        return any(len(line.points) > 1 for line in self.lines)
+
 
 @dataclass(frozen=True)
 class Figure:

@@ -329,6 +329,20 @@ def test_a_figure_draws_every_series_once_in_the_legend() -> None:
     assert other.mark != figure.mark
 
 
+def test_what_was_cut_at_one_ratio_only_is_in_the_tables_alone() -> None:
+    units = [
+        cut_unit(arm, "l1", ratio, 0, 90, scope=scope)
+        for arm in ("none", "so")
+        for scope, ratio in (("local", 0.5), ("local", 0.9), ("global", 0.5))
+    ]
+    found = Result.of(result("cross", units, seeds=1, arms={"none": {}, "so": {"penalty": "so"}}))
+    for view in ("accuracy", "effects"):
+        parts = views_of("cross")[view](found)
+        figure = next(part for part in parts if isinstance(part, Figure))
+        assert ["local" in panel.title for panel in figure.panels] == [True]
+        assert any("**global**" in part for part in parts if isinstance(part, str))
+
+
 def _parts(document: dict[str, Any], seed: int) -> dict[str, Any]:
     """Some of the units, some of them diverged; of seed 0 none at all."""
     draw_of = random.Random(seed)
