@@ -22,6 +22,7 @@ from experiments.lab import Lab
 from experiments.runner import Unit, Values
 from experiments.training import sgd
 from orthoreg_ext import timing
+from orthoreg_ext.bench import StillOptimizer
 
 STRENGTH, RATE = 1e-4, 1e-4  # the loss must stay finite for as long as it is timed
 WITHOUT = "without"
@@ -42,11 +43,12 @@ def measure(lab: Lab, unit: Unit) -> Values:
         name: _step(lab.fresh(unit["model"], unit["seed"]).train(), images, labels, add)
         for name, add in WAYS.items()
     }
-    load = timing.watch(device)
-    found = timing.measure(steps, device, options["budget"], load=load)
+    alone = {name: make(lab.fresh(unit["model"], unit["seed"])) for name, make in ALONE.items()}
+    calls, load = {**steps, **alone}, timing.watch(device)
+    found = timing.measure(calls, device, options["budget"], load=load)
     return {
-        "ms": {name: found.spread(name, 1e3).as_dict() for name in steps},
-        "ratio": {name: found.ratio(name, WITHOUT).as_dict() for name in steps},
+        "ms": {name: found.spread(name, 1e3).as_dict() for name in calls},
+        "ratio": {name: found.ratio(name, WITHOUT).as_dict() for name in calls},
         **found.about(),
     }
 
@@ -82,6 +84,26 @@ WAYS: dict[str, Add] = {
     "reg.attach": _attached,
     "loss + reg()": _in_the_loss,
     "eager": _eager,
+}
+
+
+def _attached_alone(net: nn.Module) -> Callable[[], None]:
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = StillOptimizer(list(net.parameters()))
+    _regularizer(net).attach(optimizer)
+    return optimizer.step
+
+
+def _eager_alone(net: nn.Module) -> Callable[[], None]:
+    term = _eager(net, sgd(net, 0.0))
+    return lambda: term().backward()
+
+
+# Only what they add, which is less than a whole step varies: a share of the step in the same round.
+ALONE: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
+    "reg.attach, alone": _attached_alone,
+    "eager, alone": _eager_alone,
 }
 
 

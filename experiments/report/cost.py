@@ -11,7 +11,11 @@ from experiments.report.spread import gather
 from experiments.report.tables import Cell, caption, listing
 
 WITHOUT = "without"
-TOLD = "Percent: what a step takes longer than one without the term, timed in turn, the median."
+ALONE = ", alone"
+TOLD = (
+    "Percent: what a step takes longer than one without the term, timed in turn, the median; "
+    "alone: the term by itself, as a share of that step."
+)
 
 
 def step(result: Result) -> Parts:
@@ -20,7 +24,8 @@ def step(result: Result) -> Parts:
     columns = {"ms without": _cell(result, "ms", WITHOUT, 0.0, 1.0, ".1f")}
     for way in ways:
         if way != WITHOUT:
-            columns[f"`{way}`, %"] = _cell(result, "ratio", way, 1.0, 100.0, "+.2f")
+            less, form = (0.0, ".2f") if way.endswith(ALONE) else (1.0, "+.2f")
+            columns[f"`{way}`, %"] = _cell(result, "ratio", way, less, 100.0, form)
     columns["busy"] = _busy
     rows = result.rows
     return [*listing(rows, ["model"], columns), caption(result, rows, TOLD)]

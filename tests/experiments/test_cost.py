@@ -35,12 +35,27 @@ def test_all_ways_take_the_same_step_but_without(monkeypatch: pytest.MonkeyPatch
     assert {"conv1.weight", "conv2.weight"} <= moved
 
 
+def test_alone_they_compute_the_same_gradient() -> None:
+    found = []
+    for make in cost.ALONE.values():
+        shape = {"num_classes": 10, "image_shape": (1, 8, 8), "seed": 0}
+        net = build_model("tests.experiments.nets:tiny", **shape)  # type: ignore[arg-type]
+        make(net)()
+        found.append({name: p.grad for name, p in net.named_parameters()})
+    ours, eager = found
+    assert ours["conv1.weight"] is not None
+    assert ours["conv1.weight"].abs().max() > 0
+    for name, grad in eager.items():
+        if grad is not None:
+            torch.testing.assert_close(grad, ours[name], rtol=1e-4, atol=1e-9)
+
+
 def test_a_network_is_measured_in_all_ways(tiny: Any, lab: Lab) -> None:
     options = {"batch_size": 4, "budget": 0.05}
     document = {**tiny().document(), "question": "cost", "options": options}
     object.__setattr__(lab, "config", Config.of(document))
     ((unit, *_),) = cost.stages(lab.config)
     found = cost.measure(lab, unit)
-    assert found["ms"].keys() == found["ratio"].keys() == cost.WAYS.keys()
+    assert found["ms"].keys() == found["ratio"].keys() == {*cost.WAYS, *cost.ALONE}
     assert found["ratio"][cost.WITHOUT]["median"] == 1
     assert all(entry["median"] > 0 for entry in found["ms"].values())

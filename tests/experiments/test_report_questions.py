@@ -173,10 +173,15 @@ def test_cost_is_what_a_step_takes_longer() -> None:
     for seed, state in ((0, "quiet"), (1, "contended")):
         values = {
             "ms": {"without": spread(10 + seed), "reg.attach": spread(11)},
-            "ratio": {"without": spread(1), "reg.attach": spread(1.0625 + 0.125 * seed)},
+            "ratio": {
+                "without": spread(1),
+                "reg.attach": spread(1.0625 + 0.125 * seed),
+                "reg.attach, alone": spread(0.0625),
+            },
             "state": state,
         }
         units.append(({"model": "vgg", "seed": seed}, values))
     text = text_of(result("cost", units), "step")
-    assert "| model | ms without | `reg.attach`, % | busy |" in text
-    assert "| vgg | 10.5 (10.0..11.0) | +12.50 (+6.25..+18.75) | 1 of 2 runs |" in text
+    assert "| model | ms without | `reg.attach`, % | `reg.attach, alone`, % | busy |" in text
+    cells = "10.5 (10.0..11.0) | +12.50 (+6.25..+18.75) | 6.25 (6.25..6.25)"
+    assert f"| vgg | {cells} | 1 of 2 runs |" in text
