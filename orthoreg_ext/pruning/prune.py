@@ -91,7 +91,7 @@ def prune(
             to train.
         max_layer_ratio: the largest share of a group's units, of its original count, that may go;
             the most important stay. None: 0.9, or (1 + ratio) / 2 for ratios above 0.8. OrthoReg's
-            code has 0.95, which cost 5 to 8 points of accuracy on thin networks that lose three
+            code has 0.95, which cost 3 to 8 points of accuracy on thin networks that lose three
             quarters of their filters (docs/evidence.md).
         normalize: None, or divide the scores of each group by the "mean", "max" or "sum" of their
             absolute values.
