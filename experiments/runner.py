@@ -200,7 +200,8 @@ def said(unit: Unit) -> str:
 def collect(config: Config, place: Place, folder: Path, checksum: str) -> Path:
     """Writes the results of all units that are done, in the order of the question.
 
-    Results that are there already stay as long as there are none.
+    Results of the same configuration that are there already stay until as many are done, and any
+    until one is.
     """
     planned = [unit for stage in _stages(config) for unit in stage]
     units = [found for unit in planned if (found := _found(folder, unit)) is not None]
@@ -214,11 +215,24 @@ def collect(config: Config, place: Place, folder: Path, checksum: str) -> Path:
         "units": units,
     }
     path = place.results / str(machine["slug"]) / f"{config.name}.json"
-    if not units and path.exists():
+    if len(units) < _kept(path, document):
+        print(f"{path}: left as it is, with more units than are done here", flush=True)
         return path
     _make(path.parent)
     write_atomic(path, _lines(document).encode(), REMEDY)
     return path
+
+
+def _kept(path: Path, document: Mapping[str, Any]) -> int:
+    """The units that must be done before results that are there may be replaced."""
+    try:
+        old = json.loads(path.read_bytes())
+        same = old["config"] == document["config"] and old["data"] == document["data"]
+        return len(old["units"]) if same else 1
+    except FileNotFoundError:
+        return 0
+    except (ValueError, TypeError, LookupError):  # damaged, or of something else
+        return 1
 
 
 def _lines(document: Mapping[str, Any]) -> str:

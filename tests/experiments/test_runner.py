@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,19 @@ def test_results_stay_as_long_as_there_are_no_others(
     found = read(run(other, place, minutes=0.5))
     assert found["config"] == other.document()
     assert len(found["units"]) == 1
+
+
+def test_results_of_the_same_stay_until_as_many_units_are_done(
+    tiny: Configs, place: Place, asked: Asked, tmp_path: Path
+) -> None:
+    before = run(tiny(), place).read_text()
+    anew = replace(place, work=tmp_path / "elsewhere")
+    assert run(tiny(), anew, minutes=3.5).read_text() == before
+    after = run(tiny(), anew)
+    assert after.read_text() == before
+    assert asked.measured == [*range(6)] * 2
+    after.write_text(before[:99])  # half of it is worth no more than any other
+    assert len(values(run(tiny(), replace(place, work=tmp_path / "again"), minutes=0.5))) == 1
 
 
 def test_a_diverged_unit_is_a_result(tiny: Configs, place: Place, asked: Asked) -> None:
