@@ -82,11 +82,17 @@ class Lab:
         fit(net, self.train, self.first(seed, how), regularizer=regularizer, store=store)
         return net
 
-    def finetuned(self, net: nn.Module, seed: int, store: Path | None = None) -> nn.Module:
-        """The same network after the training that follows a cut."""
-        how = replace(self.second(seed), seed=seed + 500_000)  # not the batches of the first
-        fit(net, self.train, how, store=store)
-        return net
+    def finetuned(self, net: nn.Module, unit: Mapping[str, Any], how: Fit | None = None) -> None:
+        """Trains what a cut has left, in place, on other batches than those of the first training.
+
+        Args:
+            net: the network.
+            unit: whose it is; an interrupted training goes on, and its state goes when it is done.
+            how: the training; by default that of the recipe.
+        """
+        store, how = self.store("tuned", **unit), how or self.second(unit["seed"])
+        fit(net, self.train, replace(how, seed=unit["seed"] + 500_000), store=store)
+        store.unlink(missing_ok=True)
 
     def prune(self, net: nn.Module, criterion: str, ratio: float, **options: Any) -> Any:
         """Cuts a network, by samples of the training images, in eval mode; as pruning.prune."""

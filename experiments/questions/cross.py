@@ -55,9 +55,7 @@ def measure(lab: Lab, unit: Unit) -> Values:
     result = lab.prune(net, **unit["cut"])
     cut = lab.accuracy(net)
     kept = rare_kept(rarity, result)
-    store = lab.store("cut", **unit)
-    lab.finetuned(net, unit["seed"], store)
-    store.unlink(missing_ok=True)
+    lab.finetuned(net, unit)
     return {"cut": cut, "finetuned": lab.accuracy(net), "saved": saved(result), "rare_kept": kept}
 
 

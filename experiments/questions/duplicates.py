@@ -50,7 +50,7 @@ def measure(lab: Lab, unit: Unit) -> Values:
     gone = {entry["layer"]: set(entry["removed"]) for entry in result.history}
     pairs, whole, lost = counted(copies, gone, {row.name: row.before for row in result.layers})
     cut = lab.accuracy(wide)
-    lab.finetuned(wide, seed)
+    lab.finetuned(wide, unit)
     found = {"found": 1 - whole / pairs, "lost": lost, "cut": cut}
     return {**found, "finetuned": lab.accuracy(wide)}
 

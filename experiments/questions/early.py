@@ -69,9 +69,8 @@ def measure(lab: Lab, unit: Unit) -> Values:
         lab.second(unit["seed"]),
         epochs=recipe.epochs + recipe.finetune_epochs - before,
         lr=recipe.finetune_lr if late else recipe.lr,
-        seed=unit["seed"] + 500_000,
     )
-    fit(net, lab.train, rest)
+    lab.finetuned(net, unit, rest)
     found = {"epochs": before, "dense": dense, "cut": cut, "finetuned": lab.accuracy(net)}
     return {**found, "saved": saved(result)}
 

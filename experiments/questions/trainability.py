@@ -99,10 +99,10 @@ def measure(lab: Lab, unit: Unit) -> Values:
     if "lr" not in unit:
         return found
     options, method = lab.config.options, unit["method"]
-    how = replace(lab.second(unit["seed"]), lr=unit["lr"], seed=unit["seed"] + 500_000)
+    how = replace(lab.second(unit["seed"]), lr=unit["lr"])
     if method in AT_ONCE:
         how = replace(how, epochs=how.epochs + options["epochs"])
-    fit(net, lab.train, how)
+    lab.finetuned(net, unit, how)
     return {**found, "finetuned": lab.accuracy(net)}
 
 

@@ -119,7 +119,7 @@ def test_the_training_after_a_cut_has_batches_of_its_own(
     seen: list[Any] = []
     monkeypatch.setattr("experiments.lab.fit", lambda net, samples, how, **k: seen.append(how))
     lab.trained(lab.config.models[0], "none", 1)
-    lab.finetuned(nn.Identity(), 1)
+    lab.finetuned(nn.Identity(), {"seed": 1})
     recipe = lab.config.recipe
     assert [how.epochs for how in seen] == [recipe.epochs, recipe.finetune_epochs]
     assert [how.lr for how in seen] == [recipe.lr, recipe.finetune_lr]

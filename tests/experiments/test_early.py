@@ -33,11 +33,12 @@ def test_the_budget_is_the_same_whenever_the_cut_is(
 ) -> None:
     seen: list[tuple[Fit, bool, int]] = []
 
-    def fit(net: Any, samples: Any, how: Fit, regularizer: Any = None) -> None:
+    def fit(net: Any, samples: Any, how: Fit, regularizer: Any = None, store: Any = None) -> None:
         width = net.get_submodule("conv1").weight.shape[0]
         seen.append((how, regularizer is not None, width))
 
     monkeypatch.setattr(early, "fit", fit)
+    monkeypatch.setattr("experiments.lab.fit", fit)
     _, cuts = early.stages(asked.config)
     epochs = []
     for unit in [unit for unit in cuts if unit["arm"] == arm and unit["seed"] == 1]:

@@ -94,7 +94,9 @@ def test_a_schedule_that_is_too_short_is_refused(method: str, steps: int, says: 
 def test_every_method_has_the_same_budget(asked: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Fit] = []
     monkeypatch.setattr(asked, "trained", lambda model, arm, seed: asked.fresh(model, seed))
-    monkeypatch.setattr(trainability, "fit", lambda net, images, how, **more: seen.append(how))
+    for room in ("questions.trainability", "lab"):
+        fit = f"experiments.{room}.fit"
+        monkeypatch.setattr(fit, lambda net, images, how, **more: seen.append(how))
     budgets: dict[str, int] = {}
     _, scheduled, tuned = trainability.stages(asked.config)
     for unit in tuned[::2]:
@@ -133,9 +135,11 @@ def test_a_schedule_is_run_once_for_all_learning_rates(
         trained.append((width, args[0].get_submodule("conv1").weight.shape[0]))
         return notes
 
-    monkeypatch.setattr(trainability, "fit", watched)
-    monkeypatch.setattr("experiments.training._epoch", lambda *args: None)
     mine = [u for u in tuned if u["method"] == "tpp" and u["seed"] == unit["seed"]]
+    monkeypatch.setattr(asked, "trained", lambda model, arm, seed: asked.fresh(model, seed))
+    monkeypatch.setattr(trainability, "fit", watched)
+    monkeypatch.setattr("experiments.lab.fit", watched)
+    monkeypatch.setattr("experiments.training._epoch", lambda *args: None)
     found = [trainability.measure(asked, u) for u in mine]
     assert [values["cut"] for values in found] == [cut["cut"]] * 2
     assert trained == [(8, 4), (4, 4)] * 2  # read, though no epoch is trained; then fine-tuned
