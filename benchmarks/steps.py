@@ -51,9 +51,11 @@ def training(model: str, device: str, batch: int = 128, side: int = 32) -> Train
     return Training(net.to(device), images, torch.randint(10, (batch,), device=device))
 
 
-def _step(
+def step(
     subject: Training, optimizer: torch.optim.Optimizer, term: Callable[[], Tensor] | None = None
 ) -> Call:
+    """One step of the training, perhaps with a term in its loss."""
+
     def call() -> None:
         loss = nn.functional.cross_entropy(subject.model(subject.images), subject.labels)
         if term is not None:
@@ -66,7 +68,7 @@ def _step(
 
 
 def _plain(subject: Training) -> Call:
-    return _step(subject, subject.optimizer())
+    return step(subject, subject.optimizer())
 
 
 def _attached(penalty: str) -> Callable[[Training], Call]:
@@ -74,18 +76,18 @@ def _attached(penalty: str) -> Callable[[Training], Call]:
         optimizer = subject.optimizer()
         regularizer = subject.regularizer(penalty)
         regularizer.attach(optimizer)
-        return _step(subject, optimizer)
+        return step(subject, optimizer)
 
     return prepare
 
 
 def _in_the_loss(subject: Training) -> Call:
-    return _step(subject, subject.optimizer(), subject.regularizer())
+    return step(subject, subject.optimizer(), subject.regularizer())
 
 
 def _with_eager(subject: Training) -> Call:
     weights = subject.weights()
-    return _step(subject, subject.optimizer(), lambda: STRENGTH * eager_penalty(weights))
+    return step(subject, subject.optimizer(), lambda: STRENGTH * eager_penalty(weights))
 
 
 def _alone(subject: Training) -> Call:

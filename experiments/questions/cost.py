@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
 import orthoreg_ext as ox
 from benchmarks.baselines import eager_penalty
+from benchmarks.steps import Training, step
 from experiments.config import Config, check_options
 from experiments.lab import Lab
 from experiments.runner import Unit, Values
@@ -111,14 +111,4 @@ def _step(net: nn.Module, images: Tensor, labels: Tensor, add: Add) -> Callable[
     optimizer = sgd(net, 0.0)
     for group in optimizer.param_groups:
         group["lr"] = RATE
-    term = add(net, optimizer)
-
-    def step() -> None:
-        loss = nnf.cross_entropy(net(images), labels)
-        if term is not None:
-            loss = loss + term()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return step(Training(net, images, labels), optimizer, add(net, optimizer))
