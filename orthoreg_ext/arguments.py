@@ -68,6 +68,8 @@ def is_factor(value: object) -> TypeGuard[float]:
 
 def has_dense_filters(weight: Tensor) -> bool:
     """Whether every filter is one gapless block of memory, so that kernels read it in place."""
+    if weight.is_contiguous():  # nearly all are: the rest is a hundred times slower
+        return True
     expected = 1
     dims = [d for d in zip(weight.stride()[1:], weight.shape[1:], strict=True) if d[1] != 1]
     while dims:  # no sort: the compiler has none for the symbols of dynamic shapes
@@ -139,6 +141,7 @@ def check_layers(
     if groups is not None and len(groups) != count:
         raise wrong_length("groups", len(groups), count, "weights")
     checked_biases, checked_groups = [], []
+    none = weights[0].new_empty(0) if weights else torch.empty(0)
     for i, weight in enumerate(weights):
         if weight.device != weights[0].device:
             raise ValueError(
@@ -147,7 +150,7 @@ def check_layers(
             )
         bias = biases[i] if biases is not None else None
         if bias is None:
-            bias = weight.new_empty(0)
+            bias = none
         elif (bias := check_tensor(f"biases[{i}]", bias, 1)).shape != weight.shape[:1]:
             raise ValueError(
                 f"biases[{i}] has shape {tuple(bias.shape)}, expected [{weight.shape[0]}]: "

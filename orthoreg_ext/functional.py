@@ -98,7 +98,8 @@ def _namespace(penalty: Penalty | WholeMatrix, layers: Layers) -> str | None:
 def _compiled(layers: Layers) -> str | None:
     """The compiled operators; forward-mode derivatives, unknown to them, go without."""
     if not torch.compiler.is_compiling() and any(
-        forward_ad.unpack_dual(t).tangent is not None for t in (*layers.weights, *layers.biases)
+        forward_ad.unpack_dual(t).tangent is not None
+        for t in (*layers.weights, *filter(Tensor.numel, layers.biases))
     ):
         return None
     return namespace_for(layers.device)

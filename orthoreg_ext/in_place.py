@@ -27,16 +27,15 @@ def written_in_place(original: list[Tensor], layers: Layers) -> list[bool]:
     The others go through autograd: views and copies, frozen tensors, and tensors that several
     layers share, which the operator's threads would update at the same time.
     """
-    uses = Counter(id(t) for t in (*original, *layers.biases) if t.numel())
-    found = []
-    for i, weight in enumerate(original):
-        bias = layers.biases[i]
-        tensors = [weight, bias] if bias.numel() else [weight]
-        found.append(
-            layers.weights[i] is weight
-            and all(uses[id(t)] == 1 and _takes_grad(t) for t in tensors if t.numel())
-        )
-    return found
+    uses = Counter(map(id, (*original, *layers.biases)))
+
+    def fits(tensor: Tensor) -> bool:
+        return not tensor.numel() or (uses[id(tensor)] == 1 and _takes_grad(tensor))
+
+    return [
+        weight is read and fits(weight) and fits(bias)
+        for weight, read, bias in zip(original, layers.weights, layers.biases, strict=True)
+    ]
 
 
 def _takes_grad(tensor: Tensor) -> bool:
@@ -68,11 +67,8 @@ def add_in_place(
     Those are without the penalty's factor, the gradients are with it.
     """
     assert isinstance(penalty, Penalty)  # the others have no operator
-    grads = []
-    for tensor in (*layers.weights, *layers.biases):
-        if tensor.numel() and tensor.grad is None:
-            tensor.grad = zero_grad(tensor)
-        grads.append(tensor.grad if tensor.numel() else tensor)
+    tensors = [*layers.weights, *layers.biases]
+    grads = [_grad_of(tensor) if tensor.numel() else tensor for tensor in tensors]
     count = len(layers.weights)
     with torch.no_grad():
         values: Tensor = getattr(torch.ops, namespace).add_gram_penalty_grad_(
@@ -90,8 +86,16 @@ def add_in_place(
             precision,
         )
     if not torch.compiler.is_compiling():  # the compiler sees it in the schema
-        torch.autograd.graph.increment_version([g for g in grads if g is not None and g.numel()])
+        torch.autograd.graph.increment_version([*filter(Tensor.numel, grads)])
     return values
+
+
+def _grad_of(tensor: Tensor) -> Tensor:
+    """tensor.grad, made where it is None."""
+    if tensor.grad is None:
+        tensor.grad = zero_grad(tensor)
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def zero_grad(tensor: Tensor) -> Tensor:

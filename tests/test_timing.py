@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import orthoreg_ext.timing
 from orthoreg_ext.timing import ForeignLoad, Spread, Timing, host_seconds, measure, watch
 
 
@@ -51,6 +54,57 @@ def test_calls_are_timed_in_turn() -> None:
     assert "".join(clock.seen) == "aabb" + "ab" + "ba" + "ab"
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
     assert Spread.of([1.0, 2.0, 3.0]).median == 2.0
+
+
+def test_repeated_calls_run_once_untimed_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, timed = 0, 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(2e-3)
+
+    def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
+        nonlocal timed
+        timed += repeats
+        return real(call, device, repeats)
+
+    real = orthoreg_ext.timing.seconds
+    monkeypatch.setattr("orthoreg_ext.timing.seconds", seconds)
+    measure({"a": call}, "cpu", 0.0, least=8e-3, rounds=(3, 3), warm=False)
+    assert timed >= 1 + 3 * 2
+    assert calls == timed + 3
+
+
+def test_no_garbage_is_collected_within_a_round() -> None:
+    collections: list[str] = []
+    inside = False
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if inside:
+            collections.append(phase)
+
+    def call() -> None:
+        nonlocal inside
+        inside = True
+        for _ in range(20_000):  # of cycles, which only a collection frees
+            cycle: list[object] = []
+            cycle.append(cycle)
+        inside = False
+
+    gc.callbacks.append(note)
+    try:
+        call()
+        assert collections, "the calls make too little garbage to show anything"
+        collections.clear()
+        measure({"a": call}, "cpu", 0.0, least=0.0, rounds=(3, 3))
+        assert not collections
+        assert gc.isenabled()
+        with pytest.raises(ZeroDivisionError):
+            measure({"a": lambda: 1 // 0}, "cpu", 0.0)
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(note)
 
 
 def test_a_disturbed_round_is_left_out_for_every_call() -> None:

@@ -137,11 +137,9 @@ struct StripSums {
   double wg[kStrip];
 };
 
-// A vector of columns of Rows rows. Meanwhile the next tile is prefetched as it lies in memory, row
-// after row: `Rows` vectors from next_* on.
+// A vector of columns of Rows rows. Meanwhile the same one of the next tile is prefetched.
 template <class E, class Mode, int Rows>
-ORTHOREG_INLINE void add_vector(const Tile<E>& tile, int64_t j, int64_t next_w, int64_t next_g,
-                                RowSums<typename Read<E>::T>* rows,
+ORTHOREG_INLINE void add_vector(const Tile<E>& tile, int64_t j, RowSums<typename Read<E>::T>* rows,
                                 StripSums<typename Read<E>::T>* strip, int64_t strip_j) {
   using T = typename Read<E>::T;
   using V = typename Vectors<T>::V;
@@ -150,8 +148,8 @@ ORTHOREG_INLINE void add_vector(const Tile<E>& tile, int64_t j, int64_t next_w, 
   for (int i = 0; i < Rows; ++i) {
     const E* w = tile.w + i * tile.w_stride + j;
     const E* g = Mode::kGrad ? tile.g + i * tile.g_stride + j : nullptr;
-    prefetch(tile.w, next_w + i * Vectors<T>::kLanes);
-    if constexpr (Mode::kGrad) prefetch(tile.g, next_g + i * Vectors<T>::kLanes);
+    prefetch(w, tile.ahead_w);
+    if constexpr (Mode::kGrad) prefetch(g, tile.ahead_g);
     add_entries<E, Mode>(w, g, Mode::kFisher ? tile.f + i * tile.f_stride + j : nullptr, rows[i],
                          column);
   }
@@ -187,7 +185,7 @@ void add_rest(const Tile<E>& tile, int64_t j, int64_t count, RowSums<typename Re
       __builtin_memcpy(f + to, tile.f + i * tile.f_stride + j, count * sizeof(T));
     }
   }
-  add_vector<E, Mode, Rows>({w, g, f, kLanes, kLanes, kLanes, 0, 0}, 0, 0, 0, rows, strip, j);
+  add_vector<E, Mode, Rows>({w, g, f, kLanes, kLanes, kLanes, 0, 0}, 0, rows, strip, j);
   if constexpr (Mode::kFisher) {
     for (int i = 0; i < Rows; ++i) {
       __builtin_memcpy(tile.f + i * tile.f_stride + j, f + i * kLanes, count * sizeof(T));
@@ -229,16 +227,11 @@ void add_tile(const Tile<E>& tile, int64_t columns, RowTotals<typename Read<E>::
               StripSums<typename Read<E>::T>* strip) {
   using T = typename Read<E>::T;
   constexpr int64_t kLanes = Vectors<T>::kLanes;
-  constexpr int64_t kShare = kStrip / Rows;  // of the columns, in which a row is prefetched
-  static_assert(kShare % (kRun * kLanes) == 0 || Rows == 1, "");
   for (int64_t j = 0; j < columns;) {
     const int64_t end = j + kRun * kLanes < columns ? j + kRun * kLanes : columns;
-    const int64_t row = Rows == 1 ? 0 : j / kShare, first = Rows == 1 ? 0 : row * kShare;
-    const int64_t next_w = tile.ahead_w + row * tile.w_stride - first * Rows;
-    const int64_t next_g = tile.ahead_g + row * tile.g_stride - first * Rows;
     RowSums<T> rows[Rows] = {};
     for (; j + kLanes <= end; j += kLanes) {
-      add_vector<E, Mode, Rows>(tile, j, next_w + j * Rows, next_g + j * Rows, rows, strip, j);
+      add_vector<E, Mode, Rows>(tile, j, rows, strip, j);
     }
     if (j < end) {
       add_rest<E, Mode, Rows>(tile, j, end - j, rows, strip);
