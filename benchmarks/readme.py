@@ -72,34 +72,49 @@ def _busy(case: Record) -> str:
     return " (machine was busy)" if case["state"] == "contended" else ""
 
 
-def _own(case: Record, way: str) -> list[str]:
-    """Model, time, share of the ceiling and error of the package."""
-    own = case["rows"][way]
-    error = "-" if own["error"] is None else f"{own['error']:.0e}"
-    return [case["model"] + _busy(case), spread(own["ms"]), percent(own["share"]) or "-", error]
+def _error(row: Record) -> str:
+    return "-" if row["error"] is None else f"{row['error']:.0e}"
+
+
+def _time(case: Record, way: str) -> list[str]:
+    """Of the package: milliseconds, and the share of the ceiling."""
+    row = case["rows"].get(way)
+    return [spread(row["ms"]), percent(row["share"]) or "-"] if row else ["-", "-"]
 
 
 def _penalty(result: Record) -> str:
-    rows = [["penalty + gradient", "ms", "of sgemm's rate", "error", *BASELINES]]
+    head = ("penalty + gradient", "error", "attached, ms", "one call, ms", "of sgemm's rate")
+    rows = [[*head, *BASELINES]]
     by_model: dict[str, list[Record]] = {}
     for case in _cases(result, "penalty"):
         if "orthoreg_ext" in case["rows"]:
             by_model.setdefault(case["model"], []).append(case)
-    for cases in by_model.values():
+    for model, cases in by_model.items():
+        first = cases[0]
+        name = model + _busy(first)
+        attached = _time(first, "orthoreg_ext-attached")[:1]
+        own = [_error(first["rows"]["orthoreg_ext"]), *attached, *_time(first, "orthoreg_ext")]
         ratios = [
             _ratio(cases, way, "orthoreg_ext-l1" if way == "orthoreg-repo" else "orthoreg_ext")
             for way in BASELINES
         ]
-        rows.append([*_own(cases[0], "orthoreg_ext"), *ratios])
+        rows.append([name, *own, *ratios])
     return markdown(rows) if len(rows) > 1 else ""
 
 
 def _scores(result: Record) -> str:
-    rows = [["five scores, both dims", "ms", "of the read bandwidth", "error", "eager"]]
+    each = [
+        [f"{dims}, ms", "of the read bandwidth", "eager"]
+        for dims in ("filters", "filters + inputs")
+    ]
+    rows = [["five scores", "error", *each[0], *each[1]]]
     for case in _cases(result, "scores"):
         if "orthoreg_ext-both" in case["rows"]:
-            ratio = _ratio([case], "eager-both", "orthoreg_ext-both")
-            rows.append([*_own(case, "orthoreg_ext-both"), ratio])
+            cells = [case["model"] + _busy(case), _error(case["rows"]["orthoreg_ext-both"])]
+            for suffix in ("", "-both"):
+                own = f"orthoreg_ext{suffix}"
+                cells += [*_time(case, own), _ratio([case], f"eager{suffix}", own)]
+            rows.append(cells)
     return markdown(rows) if len(rows) > 1 else ""
 
 

@@ -36,17 +36,18 @@ struct Scratch {
   T *a, *b;      // packed operands
   T* tile;       // [kEdge, kTileStride]
   T* slopes;     // of a whole unit
-  double* sums;  // exact ones of a tile: its diagonal, or all where it is small
+  double* sums;  // of a tile: exact ones of its diagonal, or all where the rows are few
   double* diagonal;
 
   static Scratch of_this_thread() {
     constexpr int64_t kEntries = 2 * kPacked + kTile + kWholeSlopes;
+    constexpr int64_t kSums = std::max(kEdge, kFew * kFew);
     static thread_local const AlignedMemory memory(kEntries * sizeof(T) +
-                                                   2 * kEdge * sizeof(double));
+                                                   (kSums + kEdge) * sizeof(double));
     T* const start = reinterpret_cast<T*>(memory.start);
     double* const exact = reinterpret_cast<double*>(start + kEntries);
     T* const tile = start + 2 * kPacked;
-    return {start, start + kPacked, tile, tile + kTile, exact, exact + kEdge};
+    return {start, start + kPacked, tile, tile + kTile, exact, exact + kSums};
   }
 };
 
@@ -100,23 +101,42 @@ Target<T> group_target(const Layer& layer, int64_t group, const Gradient& gradie
           accumulate};
 }
 
+// The Gram matrix of at most kFew rows.
+template <class T>
+GramTile<T> form_few(const Layer& layer, int64_t group, const Scratch<T>& scratch) {
+  const GramKernels<T>& kernels = gram_kernels<T>();
+  const Filters w = group_filters(layer, group);
+  const auto pack_across = layer.columns ? kernels.pack_filters : kernels.pack_entries;
+  const int64_t m = layer.m();
+  std::fill_n(scratch.sums, kFew * kFew, 0.0);
+  for_even_ranges(layer.inner(), kFewSlivers * kernels.lanes, [&](Range part) {
+    pack_across(w, part.start, part.count, 0, m, scratch.a);
+    kernels.add_pairs(scratch.a, m, divide_up(part.count, kernels.lanes), scratch.sums);
+  });
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      scratch.tile[i * kTileStride + j] = static_cast<T>(scratch.sums[i * kFew + j]);
+    }
+    scratch.diagonal[i] = scratch.sums[i * kFew + i];
+  }
+  return {scratch.tile, {0, m}, {0, m}, scratch.diagonal};
+}
+
 // Rows: G = W W^T, W packed by filters. Columns: G = W^T W, by entries.
 template <class T>
 GramTile<T> form_gram_tile(const Layer& layer, int64_t group, Range rows, Range columns,
                            const Scratch<T>& scratch) {
+  if (layer.m() <= kFew) return form_few(layer, group, scratch);
   const GramKernels<T>& kernels = gram_kernels<T>();
   const Filters w = group_filters(layer, group);
   const auto pack = layer.columns ? kernels.pack_entries : kernels.pack_filters;
-  const bool diagonal = rows.start == columns.start, small = layer.m() <= kSmall;
+  const bool diagonal = rows.start == columns.start;
   T* const g = scratch.tile;
   if (diagonal) std::fill_n(scratch.sums, kEdge, 0.0);
   if (layer.inner() == 0) std::fill_n(g, rows.count * kTileStride, T(0));
   for_even_ranges(layer.inner(), kPackDepth, [&](Range part) {
     pack(w, rows.start, rows.count, part.start, part.count, scratch.a);
     if (!diagonal) pack(w, columns.start, columns.count, part.start, part.count, scratch.b);
-    if (diagonal && small) {
-      return kernels.add_pairs(scratch.a, rows.count, part.count, scratch.sums);
-    }
     const int64_t step = part.count * kernels.lanes;
     kernels.multiply({scratch.a, diagonal ? scratch.a : scratch.b, step, step, rows.count,
                       columns.count, part.count, g, part.start == 0, diagonal, nullptr, 0, 0});
@@ -124,12 +144,7 @@ GramTile<T> form_gram_tile(const Layer& layer, int64_t group, Range rows, Range 
   });
   if (!diagonal) return {g, rows, columns, nullptr};
   for (int64_t i = 0; i < rows.count; ++i) {
-    if (small) {
-      for (int64_t j = 0; j < i; ++j) {
-        g[i * kTileStride + j] = static_cast<T>(scratch.sums[i * kSmall + j]);
-      }
-    }
-    scratch.diagonal[i] = scratch.sums[small ? i * kSmall + i : i];
+    scratch.diagonal[i] = scratch.sums[i];
     g[i * kTileStride + i] = static_cast<T>(scratch.diagonal[i]);
   }
   return {g, rows, columns, scratch.diagonal};

@@ -2,6 +2,7 @@
 // what may not be here.
 #include "gram_kernels.h"
 
+#include "few_rows.h"
 #include "vectors.h"
 
 namespace orthoreg::cpu {
@@ -275,31 +276,6 @@ void add_squares(const T* packed, int64_t rows, int64_t depth, double* sums) {
       store(load(out) + ((sum[0] + sum[1]) + (sum[2] + sum[3])), out);
     }
   }
-}
-
-template <class T, int Rows>
-void add_pairs_of(int64_t rows, const T* packed, int64_t depth, double* sums) {
-  if constexpr (Rows > 0) {
-    if (rows < Rows) return add_pairs_of<T, Rows - 1>(rows, packed, depth, sums);
-    constexpr int64_t kWide = kLanes<T>;
-    Vector<double, kSmall> sum[Rows] = {};
-    for (int64_t p = 0; p < depth; ++p) {
-      Vector<double, kSmall> x = {};
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i)
-        x[i] = packed[i / kWide * kWide * depth + p * kWide + i % kWide];
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) sum[i] += x[i] * x;
-    }
-    for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Rows; ++j) sums[i * kSmall + j] += sum[i][j];
-    }
-  }
-}
-
-template <class T>
-void add_pairs(const T* packed, int64_t rows, int64_t depth, double* sums) {
-  add_pairs_of<T, kSmall>(rows, packed, depth, sums);
 }
 
 // A square of lanes x lanes entries of a symmetric matrix, given by those on and below its

@@ -16,7 +16,14 @@ namespace orthoreg::cpu {
 constexpr int64_t kPackDepth = 96;
 constexpr int64_t kEdge = 128;  // rows and columns of a tile, at most; a multiple of every `lanes`
 constexpr int64_t kTileStride = kEdge + 16;  // of a tile's rows, which so share no cache sets
-constexpr int64_t kSmall = 8;                // Gram matrices up to this size are summed in double
+
+// Gram matrices up to this size are made of operands that are packed across: the entries of
+// `lanes` columns make a sliver, in which entry (r, c) lies at [r * lanes + c]. What fills up the
+// last sliver is 0. Of so few rows that takes no shuffles, and no products with rows that are not
+// there.
+constexpr int64_t kFew = 16;
+constexpr int64_t kFewSlivers = 32;  // that are packed at once, so that float32 sums stay short
+constexpr int64_t kExact = 8;        // Gram matrices up to this size are summed in double
 
 // How a number is stored. kComputed is the type that is computed in.
 enum class Storage { kComputed, kHalf, kBFloat16 };
@@ -73,8 +80,8 @@ struct GramKernels {
                           int64_t column, int64_t m, T* packed);
   // sums[r] += sum_p a(r, p)^2, for whole slivers.
   void (*add_squares)(const T* packed, int64_t rows, int64_t depth, double* sums);
-  // sums[i * kSmall + j] += sum_p a(i, p) a(j, p), for i, j < rows <= kSmall.
-  void (*add_pairs)(const T* packed, int64_t rows, int64_t depth, double* sums);
+  // sums[i * kFew + j] += sum_c a(i, c) a(j, c) for j <= i < rows <= kFew, A packed across.
+  void (*add_pairs)(const T* packed, int64_t rows, int64_t slivers, double* sums);
   // out[j * out_stride + i] = in[i * in_stride + j]
   void (*transpose)(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
                     int64_t out_stride);
