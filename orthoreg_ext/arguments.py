@@ -141,6 +141,7 @@ def check_layers(
     if groups is not None and len(groups) != count:
         raise wrong_length("groups", len(groups), count, "weights")
     checked_biases, checked_groups = [], []
+    # one for all layers without a bias: nobody looks at the type of an empty one
     none = weights[0].new_empty(0) if weights else torch.empty(0)
     for i, weight in enumerate(weights):
         if weight.device != weights[0].device:

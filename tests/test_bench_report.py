@@ -67,7 +67,15 @@ def results() -> dict[str, Any]:
     step = {"ceiling": None, "work": "step", "flops_needed": None, "bytes": None, "layers": None}
     alone = {"computes": "term", "to": "plain", "share": None}
     timed = [
-        case("vgg13", "penalty", {"orthoreg_ext": row(50), "eager": row(200, 4)}),
+        case(
+            "vgg13",
+            "penalty",
+            {
+                "orthoreg_ext": row(50),
+                "orthoreg_ext-attached": row(40),
+                "eager": row(200, 4),
+            },
+        ),
         case(
             "resnet50",
             "penalty",
@@ -79,7 +87,9 @@ def results() -> dict[str, Any]:
             "resnet50",
             "scores",
             {
+                "orthoreg_ext": row(4),
                 "orthoreg_ext-both": row(6),
+                "eager": row(20, 5),
                 "eager-both": row(48, 8, to="orthoreg_ext-both"),
             },
         ),
@@ -212,10 +222,10 @@ def test_the_readme_block_has_each_machine_and_says_what_was_disturbed(tmp_path:
     assert readme.block([]) == readme.NONE
     assert readme.block(readme.load(tmp_path)) == readme.NONE
     text = readme.block([results()])
-    assert "| vgg13 | 2e-07 | - | 50 (25-100) | 75 % | 4 (2-8) | - | - | - |" in text
+    assert "| vgg13 | 2e-07 | 40 (20-80) | 50 (25-100) | 75 % | 4 (2-8) | - | - | - |" in text
     assert "| resnet50 (machine was busy) | 2e-07 | - | 100 (50-200) |" in text
     assert "| 7 (3.5-14) (machine was busy) |" in text
-    assert "| resnet50 | 2e-07 | - | - | - | 6 (3-12) | 75 % | 8 (4-16) |" in text
+    assert "| resnet50 | 2e-07 | 4 (2-8) | 75 % | 5 (2.5-10) | 6 (3-12) | 75 % | 8 (4-16) |" in text
     assert "| resnet56 | 900 (450-1.8e+03) | 1 % | 5 % |" in text
     assert "docs/figures/some-cpu-cost.svg" in text
     apart = results()  # compare.py compiles in a case of its own
@@ -223,7 +233,7 @@ def test_the_readme_block_has_each_machine_and_says_what_was_disturbed(tmp_path:
         case("vgg13", "penalty", {"orthoreg_ext": row(51), "compile": row(99, 2)})
     )
     text = readme.block([apart])
-    assert "| vgg13 | 2e-07 | - | 50 (25-100) | 75 % | 4 (2-8) | 2 (1-4) | - | - |" in text
+    assert "| vgg13 | 2e-07 | 40 (20-80) | 50 (25-100) | 75 % | 4 (2-8) | 2 (1-4) | - | - |" in text
     assert text.count("vgg13") == 1
     page = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
     again = readme.rewritten(page, [results()])

@@ -23,11 +23,12 @@ pytestmark = pytest.mark.skipif(not compiled, reason=reason)
 ROOT = Path(__file__).parent.parent
 LEVELS = ("avx512", "avx2", "generic")
 # filters, entries of a filter, groups: around the lanes of a register, the rows of a block, the
-# inner entries that are packed at once, and the edges of a tile and of a whole unit
+# inner entries that are packed at once, few rows of many, and the edges of a tile and of a unit
 SHAPES = [
     *((1, 1, 1), (2, 3, 1), (8, 9, 1), (9, 8, 3), (9, 200, 1), (15, 17, 1), (16, 16, 2)),
     *((17, 31, 1), (33, 47, 5), (48, 49, 1), (64, 289, 1), (100, 64, 1), (129, 577, 1)),
     *((257, 130, 1), (130, 257, 1), (300, 290, 1), (5, 1100, 40), (520, 272, 1)),
+    *((12, 1100, 1), (12, 1104, 1), (7, 1104, 1), (1030, 11, 1)),
 ]
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of a stored gradient
 
@@ -248,11 +249,12 @@ def test_orthonormal_rows_keep_the_residual_accurate() -> None:
 
 
 @pytest.mark.parametrize("side", ["rows", "cols"])
-def test_nan_and_inf_spread_and_pruned_ones_do_not(side: str) -> None:
-    weight = torch.randn(300, 320, generator=torch.Generator().manual_seed(2))
-    mask = torch.zeros(300, dtype=torch.bool)
-    mask[[7, 280]] = True
-    weight[7], weight[280, 3] = float("nan"), float("inf")
+@pytest.mark.parametrize("shape", [(300, 320), (12, 320), (320, 12)])
+def test_nan_and_inf_spread_and_pruned_ones_do_not(side: str, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(len(weight), dtype=torch.bool)
+    mask[[7, -1]] = True
+    weight[7], weight[-1, 3] = float("nan"), float("inf")
     leaf = weight.clone().requires_grad_()
     value = F.add_gram_penalty_grad_([leaf], "so", strength=1.0, side=side, pruned=[mask])
     assert value.isfinite().all()
@@ -262,6 +264,20 @@ def test_nan_and_inf_spread_and_pruned_ones_do_not(side: str) -> None:
     value = F.add_gram_penalty_grad_([leaf], "so", strength=1.0, side=side)
     assert value.isnan().all()
     assert leaf.grad[7].isnan().all()
+
+
+@pytest.mark.parametrize("side", ["rows", "cols"])
+def test_what_a_matrix_leaves_behind_does_not_reach_the_next(side: str) -> None:
+    torch.set_num_threads(1)
+    for n in (9, 5, 13, 1, 12):
+        of_nan, weight = torch.full((16, 600), float("nan")), torch.randn(n, 600).double()
+        if side == "cols":
+            of_nan, weight = of_nan.T.contiguous(), weight.T.contiguous()
+        assert F.gram([of_nan], side)[0].isnan().all()
+        (got,) = F.gram([weight.float()], side)
+        want = weight.float().double()
+        want = want @ want.T if side == "rows" else want.T @ want
+        assert relative_error(got, want) < 1e-6
 
 
 def test_calls_from_several_python_threads_at_once() -> None:

@@ -66,7 +66,7 @@ void add_blocks_of_pairs(const T* packed, int64_t rows, int64_t slivers, double*
 template <class T>
 void add_pairs(const T* packed, int64_t rows, int64_t slivers, double* sums) {
   constexpr int kPart = kLanes<double>, kParts = kLanes<T> / kPart;
-  if (rows <= kExact) {
+  if (rows <= kSmall) {
     add_blocks_of_pairs<T, double>(packed, rows, slivers, sums);
   } else {
     add_blocks_of_pairs<T, T>(packed, rows, slivers, sums);

@@ -101,14 +101,16 @@ Target<T> group_target(const Layer& layer, int64_t group, const Gradient& gradie
           accumulate};
 }
 
-// The Gram matrix of at most kFew rows.
+// The Gram matrix of at most kFew rows. Packed across is what the other packer makes, for which
+// rows and inner entries change places. Each part is whole slivers or ends with the matrix.
 template <class T>
 GramTile<T> form_few(const Layer& layer, int64_t group, const Scratch<T>& scratch) {
   const GramKernels<T>& kernels = gram_kernels<T>();
   const Filters w = group_filters(layer, group);
   const auto pack_across = layer.columns ? kernels.pack_filters : kernels.pack_entries;
   const int64_t m = layer.m();
-  std::fill_n(scratch.sums, kFew * kFew, 0.0);
+  static_assert(kFewSlivers * 16 * kFew <= Scratch<T>::kPacked, "a part fits into scratch.a");
+  std::fill_n(scratch.sums, m * kFew, 0.0);
   for_even_ranges(layer.inner(), kFewSlivers * kernels.lanes, [&](Range part) {
     pack_across(w, part.start, part.count, 0, m, scratch.a);
     kernels.add_pairs(scratch.a, m, divide_up(part.count, kernels.lanes), scratch.sums);

@@ -1,10 +1,10 @@
 // The inner loops of gram and gram_penalty. gram_kernels.cpp is compiled once for each instruction
 // set; this is what the launchers see of it. No torch, no threads.
 //
-// Operands are packed: `lanes` rows of one make a sliver, in which entry (r, p) lies at
-// [p * lanes + r]; an operand of `depth` inner entries is sliver after sliver. Both factors of a
-// product have this form, so that a Gram matrix needs its rows only once. Rows that fill up the
-// last sliver may hold anything.
+// Operands are packed (those of few rows in another form, see kFew): `lanes` rows of one make a
+// sliver, in which entry (r, p) lies at [p * lanes + r]; an operand of `depth` inner entries is
+// sliver after sliver. Both factors of a product have this form, so that a Gram matrix needs its
+// rows only once. Rows that fill up the last sliver may hold anything.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,11 @@ constexpr int64_t kTileStride = kEdge + 16;  // of a tile's rows, which so share
 
 // Gram matrices up to this size are made of operands that are packed across: the entries of
 // `lanes` columns make a sliver, in which entry (r, c) lies at [r * lanes + c]. What fills up the
-// last sliver is 0. Of so few rows that takes no shuffles, and no products with rows that are not
-// there.
-constexpr int64_t kFew = 16;
+// last sliver is 0. There are no products with rows that are not there, and rows of a matrix need
+// no shuffles.
+constexpr int64_t kFew = 16;         // a multiple of 4, for blocks of pairs are read whole
 constexpr int64_t kFewSlivers = 32;  // that are packed at once, so that float32 sums stay short
-constexpr int64_t kExact = 8;        // Gram matrices up to this size are summed in double
+constexpr int64_t kSmall = 8;        // Gram matrices up to this size are summed in double
 
 // How a number is stored. kComputed is the type that is computed in.
 enum class Storage { kComputed, kHalf, kBFloat16 };
