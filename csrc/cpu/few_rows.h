@@ -15,12 +15,6 @@ constexpr int kPairColumns = kLanes<Sum> >= 8 ? 4 : 2;
 template <class Sum>
 constexpr int kPairRows = kLanes<Sum> / kPairColumns<Sum>;
 
-template <class Sum, class T>
-Vector<Sum> load_as(const T* p) {
-  using In = Vector<T, kLanes<Sum>>;
-  return __builtin_convertvector(*reinterpret_cast<const In*>(p), Vector<Sum>);
-}
-
 template <class T, class Sum>
 void add_block_of_pairs(const T* packed, int64_t rows, int64_t slivers, int64_t i, int64_t j,
                         double* sums) {

@@ -252,7 +252,6 @@ void multiply(const Product<T>& product) {
 template <class T>
 void add_squares(const T* packed, int64_t rows, int64_t depth, double* sums) {
   constexpr int kWide = kLanes<double>, kChains = 4;
-  using In = Vector<T, kWide>;
   using Wide = Vector<double>;
   for (int64_t r = 0; r < rows; r += kLanes<T>, packed += depth * kLanes<T>) {
     for (int64_t part = 0; part < kLanes<T>; part += kWide) {
@@ -262,14 +261,12 @@ void add_squares(const T* packed, int64_t rows, int64_t depth, double* sums) {
       for (; p + kChains <= depth; p += kChains) {
 #pragma GCC unroll 4
         for (int c = 0; c < kChains; ++c) {
-          const In x = *reinterpret_cast<const In*>(from + (p + c) * kLanes<T>);
-          const Wide wide = __builtin_convertvector(x, Wide);
+          const Wide wide = load_as<double>(from + (p + c) * kLanes<T>);
           sum[c] += wide * wide;
         }
       }
       for (; p < depth; ++p) {
-        const In x = *reinterpret_cast<const In*>(from + p * kLanes<T>);
-        const Wide wide = __builtin_convertvector(x, Wide);
+        const Wide wide = load_as<double>(from + p * kLanes<T>);
         sum[0] += wide * wide;
       }
       double* out = sums + r + part;

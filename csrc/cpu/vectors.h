@@ -95,6 +95,13 @@ inline void store(Floats v, Half* p) {
   *reinterpret_cast<HalfWords*>(p) = __builtin_convertvector((sign >> 16) | all, HalfWords);
 }
 
+// As many entries as make one register of Sum.
+template <class Sum, class T>
+Vector<Sum> load_as(const T* p) {
+  using In = Vector<T, kLanes<Sum>>;
+  return __builtin_convertvector(*reinterpret_cast<const In*>(p), Vector<Sum>);
+}
+
 template <class T, class E>
 Vector<T> load_some(const E* p, int64_t count) {
   if (count >= kLanes<T>) return load(p);
